@@ -1,0 +1,164 @@
+//! The CPU path: kernels for each instruction set, chosen at run time, and the loops around them.
+//!
+//! A kernel is a plain function on slices. Every instruction set fills the same table, [`Kernels`];
+//! codes and integer sums are the same bit for bit in all of them.
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+mod product;
+mod tiles;
+
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, Result, bail};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+pub(crate) use activations::{Activations, Values};
+pub(crate) use product::{half_product, int8_product};
+
+use crate::MAX_CODE;
+
+/// The longest row whose integer sum of products of codes (at most 127 * 127 each) fits an `i32`.
+pub const MAX_COLS: usize = i32::MAX as usize / (MAX_CODE as usize * MAX_CODE as usize);
+
+/// What one instruction set provides.
+#[derive(Debug)]
+pub struct Kernels {
+    /// The instruction set's name: `portable`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon-dotprod`.
+    pub name: &'static str,
+    is_supported: fn() -> bool,
+    /// The largest magnitude of `x`, of those below the threshold if there is one; 0 if none is.
+    pub absmax: fn(x: &[f32], threshold: Option<f32>) -> f32,
+    /// Sets `flags[i]` to 1 where `|x[i]| >= threshold`; other flags stay as they are.
+    pub flag_outliers: fn(x: &[f32], threshold: f32, flags: &mut [u8]),
+    /// `codes[i] = round_half_even(x[i] * inverse)`; the caller sees to it that codes are within ±127.
+    pub quantize: fn(x: &[f32], inverse: f32, codes: &mut [i8]),
+    /// The integer sums of products of codes; see [`Int8Dots`].
+    pub int8_dots: Int8Dots,
+    /// The sums of products of floats with an f16 weight; see [`HalfDots`].
+    pub f16_dots: HalfDots<f16>,
+    /// The sums of products of floats with a bf16 weight; see [`HalfDots`].
+    pub bf16_dots: HalfDots<bf16>,
+}
+
+/// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
+/// token's codes (tokens), a weight (rows, cols), and sums (tokens, rows).
+pub type Int8Dots = fn(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]);
+
+/// `sums[t, r] = Σ_c x[t, c] * weight[r, c]`, summed in f32, for x (tokens, cols), a weight
+/// (rows, cols), and sums (tokens, rows).
+pub type HalfDots<T> = fn(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]);
+
+/// Every table this build has, the fastest first; `portable` is always last.
+static ALL: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &avx512::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &avx_vnni::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::KERNELS,
+    #[cfg(target_arch = "aarch64")]
+    &neon::KERNELS,
+    &portable::KERNELS,
+];
+
+static ACTIVE: OnceLock<&'static Kernels> = OnceLock::new();
+
+impl Kernels {
+    /// The tables that this machine can run, the fastest first; `portable` is always last.
+    pub fn available() -> impl Iterator<Item = &'static Kernels> {
+        ALL.iter().copied().filter(|kernels| (kernels.is_supported)())
+    }
+
+    /// The table that the ops use: the fastest, unless [`Kernels::select`] chose another.
+    pub fn active() -> &'static Kernels {
+        ACTIVE.get_or_init(|| Self::available().next().unwrap_or(&portable::KERNELS))
+    }
+
+    /// Makes the ops use the instruction set called `name`.
+    ///
+    /// Errors when this machine or build does not have it (the error lists what there is), or when
+    /// the ops have run with another already.
+    pub fn select(name: &str) -> Result<()> {
+        let Some(kernels) = Self::available().find(|kernels| kernels.name == name) else {
+            let names: Vec<_> = Self::available().map(|kernels| kernels.name).collect();
+            bail!("instruction set `{name}` is not available here; there is {}", names.join(", "))
+        };
+        let active = ACTIVE.get_or_init(|| kernels);
+        if active.name != name {
+            bail!("instruction set `{name}` was asked for after `{}` was in use", active.name)
+        }
+        Ok(())
+    }
+}
+
+/// Writes the codes of a row whose largest kept magnitude is `absmax`, and gives its scale,
+/// `absmax / 127`; values above `absmax` get codes that mean nothing.
+pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes: &mut [i8]) -> f32 {
+    if absmax == 0.0 {
+        codes.fill(0);
+        return 0.0;
+    }
+    let inverse = MAX_CODE / absmax;
+    if inverse.is_finite() {
+        (kernels.quantize)(values, inverse, codes);
+    } else {
+        // Below about 4e-37 the reciprocal overflows. A power of two moves the row up exactly.
+        const LIFT: f32 = (1u64 << 63) as f32;
+        let lifted: Vec<f32> = values.iter().map(|v| v * LIFT).collect();
+        (kernels.quantize)(&lifted, MAX_CODE / (absmax * LIFT), codes);
+    }
+    absmax / MAX_CODE
+}
+
+/// Float values of any of the dtypes that weights and activations come in.
+#[derive(Clone, Copy)]
+pub(crate) enum FloatSlice<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+impl<'a> FloatSlice<'a> {
+    pub(crate) fn of(storage: &'a CpuStorage) -> Result<Self> {
+        match storage {
+            CpuStorage::F32(values) => Ok(Self::F32(values)),
+            CpuStorage::F16(values) => Ok(Self::F16(values)),
+            CpuStorage::BF16(values) => Ok(Self::BF16(values)),
+            other => bail!("int8 ops take F32, F16 or BF16 values, found {:?}", storage_dtype(other)),
+        }
+    }
+
+    /// Copies the values from `start` on into `out`, as f32.
+    pub(crate) fn widen(self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[range]),
+            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::BF16(values) => values[range].convert_to_f32_slice(out),
+        }
+    }
+}
+
+fn storage_dtype(storage: &CpuStorage) -> candle_core::DType {
+    use candle_core::backend::BackendStorage;
+    storage.dtype()
+}
+
+/// A result in f32, rounded once to the dtype that the op's input `like` has.
+pub(crate) fn round_to_dtype_of(like: &CpuStorage, values: Vec<f32>) -> CpuStorage {
+    match like {
+        CpuStorage::F16(_) => CpuStorage::F16(values.into_iter().map(f16::from_f32).collect()),
+        CpuStorage::BF16(_) => CpuStorage::BF16(values.into_iter().map(bf16::from_f32).collect()),
+        _ => CpuStorage::F32(values),
+    }
+}

@@ -1,0 +1,127 @@
+//! NEON with the dot-product extension: 16 products of codes, or 4 of floats, an instruction.
+
+use std::arch::aarch64::*;
+use std::arch::is_aarch64_feature_detected;
+
+use half::{bf16, f16};
+
+use super::tiles::for_each_tile;
+use super::{Kernels, portable};
+
+pub(super) const KERNELS: Kernels = Kernels {
+    name: "neon-dotprod",
+    is_supported: || is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
+    // NEON itself belongs to every aarch64 target: the element-wise loops are vectorised as they are.
+    absmax: portable::absmax,
+    flag_outliers: portable::flag_outliers,
+    quantize: portable::quantize,
+    // SAFETY (all): the table is handed out only where `is_supported` found the features.
+    int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
+    f16_dots: |x, weight, cols, sums| unsafe { half_dots::<f16>(x, weight, cols, sums) },
+    bf16_dots: |x, weight, cols, sums| unsafe { half_dots::<bf16>(x, weight, cols, sums) },
+};
+
+/// Tokens and weight rows of a tile: 16 of the 32 registers hold sums.
+const TOKENS: usize = 4;
+const ROWS: usize = 4;
+
+#[target_feature(enable = "neon,dotprod")]
+fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
+    for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
+}
+
+/// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.
+#[target_feature(enable = "neon,dotprod")]
+fn int8_tile<const T: usize, const R: usize>(
+    codes: &[i8],
+    weight: &[i8],
+    cols: usize,
+    sums: &mut [i32],
+    stride: usize,
+) {
+    assert!(codes.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
+    let mut acc = [[vdupq_n_s32(0); R]; T];
+    let whole = cols / 16 * 16;
+    for col in (0..whole).step_by(16) {
+        // SAFETY: rows t < T and r < R lie in the slices (asserted above), 16 columns in the row.
+        let load = |values: &[i8], row: usize| unsafe { vld1q_s8(values.as_ptr().add(row * cols + col)) };
+        let codes: [int8x16_t; T] = std::array::from_fn(|t| load(codes, t));
+        for r in 0..R {
+            let weight = load(weight, r);
+            for t in 0..T {
+                acc[t][r] = vdotq_s32(acc[t][r], codes[t], weight);
+            }
+        }
+    }
+    for (t, acc) in acc.into_iter().enumerate() {
+        for (r, acc) in acc.into_iter().enumerate() {
+            let tail = codes[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
+            let tail: i32 = tail.map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum();
+            sums[t * stride + r] = vaddvq_s32(acc) + tail;
+        }
+    }
+}
+
+/// A 16-bit float that 4 of are loaded and widened at a time.
+trait Widen: Copy + Into<f32> {
+    /// # Safety
+    /// 4 values must be readable.
+    unsafe fn load(values: *const Self) -> float32x4_t;
+}
+
+impl Widen for f16 {
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load(values: *const Self) -> float32x4_t {
+        // SAFETY: the caller vouches for 4 values of 16 bits.
+        let bits = unsafe { vld1_u16(values.cast()) };
+        vcvt_f32_f16(vreinterpret_f16_u16(bits))
+    }
+}
+
+impl Widen for bf16 {
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load(values: *const Self) -> float32x4_t {
+        // SAFETY: the caller vouches for 4 values of 16 bits.
+        let bits = unsafe { vld1_u16(values.cast()) };
+        vreinterpretq_f32_u32(vshll_n_u16::<16>(bits))
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn half_dots<H: Widen>(x: &[f32], weight: &[H], cols: usize, sums: &mut [f32]) {
+    for_each_tile!(half_tile::<TOKENS, ROWS, H>(x, weight, cols, sums));
+}
+
+/// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
+#[target_feature(enable = "neon")]
+fn half_tile<const T: usize, const R: usize, H: Widen>(
+    x: &[f32],
+    weight: &[H],
+    cols: usize,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    assert!(x.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
+    let mut acc = [[vdupq_n_f32(0.0); R]; T];
+    let whole = cols / 4 * 4;
+    for col in (0..whole).step_by(4) {
+        // SAFETY: rows t < T and r < R lie in the slices (asserted above), 4 columns in the row.
+        let x: [float32x4_t; T] = std::array::from_fn(|t| unsafe { vld1q_f32(x.as_ptr().add(t * cols + col)) });
+        for r in 0..R {
+            // SAFETY: as above.
+            let weight = unsafe { H::load(weight.as_ptr().add(r * cols + col)) };
+            for t in 0..T {
+                acc[t][r] = vfmaq_f32(acc[t][r], x[t], weight);
+            }
+        }
+    }
+    for (t, acc) in acc.into_iter().enumerate() {
+        for (r, acc) in acc.into_iter().enumerate() {
+            let tail = x[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
+            let tail: f32 = tail.map(|(&x, &weight)| x * weight.into()).sum();
+            sums[t * stride + r] = vaddvq_f32(acc) + tail;
+        }
+    }
+}

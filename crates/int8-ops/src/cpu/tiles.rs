@@ -1,0 +1,38 @@
+//! The walk over a block of outputs that every vector kernel shares.
+
+/// Calls `tile::<T, R>(x, weight, cols, sums, stride)` so as to fill sums (tokens, weight rows) from
+/// x (tokens, cols) and a weight (rows, cols): T tokens by R rows while there are as many, then
+/// single rows, and single tokens at the end.
+///
+/// A sum is made the same way in every tile, so it does not depend on what else is in the block.
+/// A macro, because a function pointer or a closure would keep the tile out of its caller's
+/// instruction set.
+macro_rules! for_each_tile {
+    ($tile:ident::<$tokens:ident, $rows:ident $(, $half:ident)?>($x:ident, $weight:ident, $cols:ident, $sums:ident)) => {
+        let stride = $weight.len() / $cols;
+        for (x, sums) in $x.chunks($tokens * $cols).zip($sums.chunks_mut($tokens * stride)) {
+            let full = x.len() == $tokens * $cols;
+            let mut row = 0;
+            while row < stride {
+                let weight = &$weight[row * $cols..];
+                let many = stride - row >= $rows;
+                if full && many {
+                    $tile::<$tokens, $rows $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                } else if full {
+                    $tile::<$tokens, 1 $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                } else {
+                    for (x, sums) in x.chunks($cols).zip(sums.chunks_mut(stride)) {
+                        if many {
+                            $tile::<1, $rows $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                        } else {
+                            $tile::<1, 1 $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                        }
+                    }
+                }
+                row += if many { $rows } else { 1 };
+            }
+        }
+    };
+}
+
+pub(super) use for_each_tile;

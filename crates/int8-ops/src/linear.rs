@@ -1,0 +1,46 @@
+//! The LLM.int8() product as a layer.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::Module;
+
+use crate::matmul::int8_matmul;
+use crate::matrix::Int8Matrix;
+
+/// A linear layer `y = x W^T + bias` with an int8 weight (out, in); see [`int8_matmul`].
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Module;
+/// use int8_ops::{Int8Linear, Int8Matrix, OUTLIER_THRESHOLD};
+/// let weight = Tensor::randn(0f32, 1.0, (32, 64), &Device::Cpu)?;
+/// let layer = Int8Linear::new(Int8Matrix::quantize(&weight)?, None, Some(OUTLIER_THRESHOLD))?;
+/// let x = Tensor::randn(0f32, 1.0, (1, 5, 64), &Device::Cpu)?;
+/// assert_eq!(layer.forward(&x)?.dims(), [1, 5, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Int8Linear {
+    weight: Int8Matrix,
+    bias: Option<Tensor>,
+    threshold: Option<f32>,
+}
+
+impl Int8Linear {
+    /// Takes a weight (out, in), a bias (out) of any float dtype (kept in `F32`), and the outlier
+    /// threshold (`None`: no decomposition).
+    pub fn new(weight: Int8Matrix, bias: Option<Tensor>, threshold: Option<f32>) -> Result<Self> {
+        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+        Ok(Self { weight, bias, threshold })
+    }
+
+    /// The quantised weight (out, in).
+    pub fn weight(&self) -> &Int8Matrix {
+        &self.weight
+    }
+}
+
+impl Module for Int8Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        int8_matmul(x, &self.weight, self.bias.as_ref(), self.threshold)
+    }
+}

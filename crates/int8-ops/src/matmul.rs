@@ -1,0 +1,71 @@
+//! The LLM.int8() product as one Candle custom op.
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+
+use crate::cpu::{self, Activations, Kernels, Values};
+use crate::matrix::Int8Matrix;
+
+/// `x W^T + bias` for activations `x` (sequences, tokens, in), (tokens, in) or (in), in f32, f16 or
+/// bf16, and a quantised weight (out, in); the result (.., out) has the dtype of `x`.
+///
+/// Outlier columns, those with any `|x| >= threshold` in a sequence, are multiplied in float with the
+/// dequantised weight (LLM.int8() section 3); `None` multiplies everything in int8. The bias is (out)
+/// in `F32`. For 3-D `x` every sequence has outlier columns of its own; 2-D `x` is one sequence.
+pub fn int8_matmul(x: &Tensor, weight: &Int8Matrix, bias: Option<&Tensor>, threshold: Option<f32>) -> Result<Tensor> {
+    int8_matmul_with(Kernels::active(), x, weight, bias, threshold)
+}
+
+/// [`int8_matmul`] with the CPU kernels of a given instruction set: the integer sums, and so the
+/// result, are the same for all of them.
+pub fn int8_matmul_with(
+    kernels: &'static Kernels,
+    x: &Tensor,
+    weight: &Int8Matrix,
+    bias: Option<&Tensor>,
+    threshold: Option<f32>,
+) -> Result<Tensor> {
+    let (rows, cols) = weight.dims();
+    match x.dims().last() {
+        Some(&width) if width == cols && x.rank() <= 3 => {}
+        _ => bail!("int8 matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., tokens, {cols})", x.shape()),
+    }
+    if let Some(bias) = bias
+        && (bias.dims() != [rows] || bias.dtype() != DType::F32)
+    {
+        bail!("int8 matmul: the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape());
+    }
+    if threshold.is_some_and(|threshold| threshold.is_nan() || threshold <= 0.0) {
+        bail!("int8 matmul: the outlier threshold must be above 0, found {}", threshold.unwrap_or_default());
+    }
+    let op = Int8Matmul { kernels, weight: weight.clone(), bias: bias.cloned(), threshold };
+    x.contiguous()?.apply_op1_no_bwd(&op)
+}
+
+/// The op's parameters; the weight rides here because a Candle op takes at most three tensors.
+struct Int8Matmul {
+    kernels: &'static Kernels,
+    weight: Int8Matrix,
+    bias: Option<Tensor>,
+    threshold: Option<f32>,
+}
+
+impl CustomOp1 for Int8Matmul {
+    fn name(&self) -> &'static str {
+        "int8-matmul"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let values = Values::from_storage(x, layout)?;
+        let activations = Activations::quantize(self.kernels, &values, self.threshold);
+        let bias = self.bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose()?;
+        let (rows, _) = self.weight.dims();
+        let product = self.weight.with_slices(|codes, scales| {
+            Ok(cpu::int8_product(self.kernels, &activations, codes, scales, bias.as_deref()))
+        })?;
+        let mut dims = layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = rows;
+        }
+        Ok((cpu::round_to_dtype_of(x, product), dims.into()))
+    }
+}

@@ -1,0 +1,120 @@
+//! Every instruction set this machine has, against plain loops over odd sizes and odd values.
+
+use half::{bf16, f16};
+use int8_ops::cpu::Kernels;
+use proptest::prelude::*;
+
+/// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours.
+fn cols() -> impl Strategy<Value = usize> {
+    prop_oneof![1..70usize, Just(127), Just(128), Just(129), Just(251), Just(320), Just(1021)]
+}
+
+/// Floats of every kind that may reach a layer, the awkward ones often.
+fn value() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        8 => -8f32..8.0,
+        1 => prop_oneof![Just(0.0), Just(-0.0), Just(6.0), Just(-6.0), Just(5.9999995), Just(1e30), Just(-1e30)],
+        1 => prop_oneof![Just(1e-40), Just(-3e-42), Just(f32::MIN_POSITIVE), Just(f32::from_bits(1)), Just(f32::MAX)],
+    ]
+}
+
+fn codes(len: usize) -> impl Strategy<Value = Vec<i8>> {
+    prop::collection::vec(prop_oneof![4 => -127i8..=127, 1 => Just(127i8), 1 => Just(-127i8)], len)
+}
+
+fn int8_case() -> impl Strategy<Value = (usize, Vec<i8>, Vec<i8>)> {
+    (1..10usize, 1..10usize, cols())
+        .prop_flat_map(|(tokens, rows, cols)| (Just(cols), codes(tokens * cols), codes(rows * cols)))
+}
+
+fn half_case() -> impl Strategy<Value = (usize, Vec<f32>, Vec<f32>)> {
+    let values = |len| prop::collection::vec(-4f32..4.0, len);
+    (1..10usize, 1..10usize, cols())
+        .prop_flat_map(move |(tokens, rows, cols)| (Just(cols), values(tokens * cols), values(rows * cols)))
+}
+
+fn code_sums(codes: &[i8], cols: usize) -> Vec<i32> {
+    codes.chunks(cols).map(|codes| codes.iter().map(|&code| i32::from(code)).sum()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn integer_sums_equal_a_plain_loop((cols, codes, weight) in int8_case()) {
+        let wanted: Vec<i32> = codes.chunks(cols).flat_map(|codes| weight.chunks(cols).map(move |weight| {
+            codes.iter().zip(weight).map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum()
+        })).collect();
+        for kernels in Kernels::available() {
+            let mut sums = vec![i32::MIN; wanted.len()];
+            (kernels.int8_dots)(&codes, &code_sums(&codes, cols), &weight, cols, &mut sums);
+            prop_assert_eq!(&sums, &wanted, "{}", kernels.name);
+        }
+    }
+
+    #[test]
+    fn elementwise_kernels_equal_a_plain_loop(
+        x in prop::collection::vec(value(), 1..200),
+        threshold in prop::option::of(prop_oneof![Just(6.0f32), 1e-41f32..1e31]),
+    ) {
+        let below = |v: &f32| threshold.is_none_or(|threshold| v.abs() < threshold);
+        let absmax = x.iter().filter(|v| below(v)).fold(0f32, |max, v| max.max(v.abs()));
+        let flags: Vec<u8> = x.iter().map(|v| u8::from(!below(v))).collect();
+        let inverse = if absmax > 1e-36 { 127.0 / absmax } else { 1.0 };
+        let kept: Vec<f32> = x.iter().map(|v| if v.abs() <= absmax { *v } else { 0.0 }).collect();
+        let codes: Vec<i8> = kept.iter().map(|v| (v * inverse).round_ties_even() as i8).collect();
+        for kernels in Kernels::available() {
+            prop_assert_eq!((kernels.absmax)(&x, threshold).to_bits(), absmax.to_bits(), "{}", kernels.name);
+            let mut found = vec![0u8; x.len()];
+            (kernels.flag_outliers)(&x, threshold.unwrap_or(f32::INFINITY), &mut found);
+            prop_assert_eq!(&found, &flags, "{}", kernels.name);
+            let mut found = vec![1i8; x.len()];
+            (kernels.quantize)(&kept, inverse, &mut found);
+            prop_assert_eq!(&found, &codes, "{}", kernels.name);
+        }
+    }
+
+    #[test]
+    fn sums_with_16_bit_weights_are_right_to_rounding((cols, x, weight) in half_case()) {
+        let f16s: Vec<f16> = weight.iter().map(|&w| f16::from_f32(w)).collect();
+        let bf16s: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
+        let rows = weight.len() / cols;
+        let mut sums = vec![f32::NAN; x.len() / cols * rows];
+        for kernels in Kernels::available() {
+            (kernels.f16_dots)(&x, &f16s, cols, &mut sums);
+            check_half(kernels.name, &x, &f16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
+            (kernels.bf16_dots)(&x, &bf16s, cols, &mut sums);
+            check_half(kernels.name, &x, &bf16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
+        }
+    }
+}
+
+/// Sums in f32 lie within the rounding of their terms of the sum in f64.
+fn check_half(name: &str, x: &[f32], weight: &[f64], cols: usize, sums: &[f32]) -> Result<(), TestCaseError> {
+    let pairs = x.chunks(cols).flat_map(|x| weight.chunks(cols).map(move |weight| (x, weight)));
+    for ((x, weight), &sum) in pairs.zip(sums) {
+        let terms = x.iter().zip(weight).map(|(&x, &weight)| f64::from(x) * weight);
+        let (wanted, size) = terms.fold((0f64, 0f64), |(sum, size), term| (sum + term, size + term.abs()));
+        let bound = size * 2e-6 + 1e-30;
+        prop_assert!((f64::from(sum) - wanted).abs() <= bound, "{name}: {sum} instead of {wanted}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_and_infinity_count_as_outliers() {
+    let x = [1.0, f32::NAN, -2.0, f32::INFINITY, f32::NEG_INFINITY];
+    for kernels in Kernels::available() {
+        let mut flags = [0u8; 5];
+        (kernels.flag_outliers)(&x, 6.0, &mut flags);
+        assert_eq!(flags, [0, 1, 0, 1, 1], "{}", kernels.name);
+        assert_eq!((kernels.absmax)(&x, Some(6.0)), 2.0, "{}", kernels.name);
+        assert!((kernels.absmax)(&x, None).is_nan(), "{}", kernels.name);
+    }
+}
+
+#[test]
+fn an_unknown_instruction_set_is_refused_by_name() {
+    let error = Kernels::select("mmx").unwrap_err().to_string();
+    assert!(error.contains("`mmx` is not available here; there is") && error.contains("portable"), "{error}");
+}
