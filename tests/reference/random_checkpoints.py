@@ -141,9 +141,9 @@ def expected(folder, config, tokens, generator):
         alone = model(input_ids=input_ids[:1]).logits
     assert torch.allclose(logits[:1], alone, atol=1e-5)
     assert all(torch.allclose(states[name].reshape(tokens, -1), seen[name].reshape(tokens, -1), atol=1e-5) for name in states)
-    seen.setdefault("hidden.final", seen[f"hidden.{len(blocks)}"])
+    states.setdefault("hidden.final", states[f"hidden.{len(blocks)}"])
     check_that_it_tests_something(model, input_ids, logits)
-    return {"input_ids": input_ids, "logits": logits, **{name: tensor.reshape(tokens, -1) for name, tensor in sorted(seen.items())}}
+    return {"input_ids": input_ids, "logits": logits, **{name: tensor.reshape(tokens, -1).clone() for name, tensor in sorted(states.items())}}
 
 
 def check_that_it_tests_something(model, input_ids, logits):
