@@ -82,7 +82,7 @@ impl Activations {
     /// by the largest magnitude of its values below the threshold.
     pub(crate) fn quantize(kernels: &Kernels, x: &Values, threshold: Option<f32>) -> Self {
         let (tokens, cols) = (x.tokens, x.cols);
-        let rows = if cols == 0 { 0 } else { x.values.len() / cols };
+        let rows = x.values.len().checked_div(cols).unwrap_or_default();
         let mut codes = vec![0i8; rows * cols];
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];

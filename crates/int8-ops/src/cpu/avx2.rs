@@ -7,12 +7,14 @@ use half::{bf16, f16};
 use super::tiles::for_each_tile;
 use super::{Kernels, portable};
 
+// SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
+// in it needs.
+#[allow(clippy::undocumented_unsafe_blocks)]
 pub(super) const KERNELS: Kernels = Kernels {
     name: "avx2",
     is_supported: || {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
     },
-    // SAFETY (all): the table is handed out only where `is_supported` found the features.
     absmax: |x, threshold| unsafe { absmax(x, threshold) },
     flag_outliers: |x, threshold, flags| unsafe { flag_outliers(x, threshold, flags) },
     quantize: |x, inverse, codes| unsafe { quantize(x, inverse, codes) },

@@ -7,6 +7,9 @@ use half::{bf16, f16};
 use super::tiles::for_each_tile;
 use super::{Kernels, portable};
 
+// SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
+// in it needs.
+#[allow(clippy::undocumented_unsafe_blocks)]
 pub(super) const KERNELS: Kernels = Kernels {
     name: "avx512-vnni",
     is_supported: || {
@@ -16,7 +19,6 @@ pub(super) const KERNELS: Kernels = Kernels {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vnni")
     },
-    // SAFETY (all): the table is handed out only where `is_supported` found the features.
     absmax: |x, threshold| unsafe { absmax(x, threshold) },
     flag_outliers: |x, threshold, flags| unsafe { flag_outliers(x, threshold, flags) },
     quantize: |x, inverse, codes| unsafe { quantize(x, inverse, codes) },

@@ -5,10 +5,12 @@ use std::arch::x86_64::*;
 use super::tiles::for_each_tile;
 use super::{Kernels, avx2};
 
+// SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
+// in it needs.
+#[allow(clippy::undocumented_unsafe_blocks)]
 pub(super) const KERNELS: Kernels = Kernels {
     name: "avx-vnni",
     is_supported: || (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avxvnni"),
-    // SAFETY: the table is handed out only where `is_supported` found the features.
     int8_dots: |codes, code_sums, weight, cols, sums| unsafe { int8_dots(codes, code_sums, weight, cols, sums) },
     ..avx2::KERNELS
 };

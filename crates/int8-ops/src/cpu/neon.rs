@@ -1,13 +1,16 @@
 //! NEON with the dot-product extension: 16 products of codes, or 4 of floats, an instruction.
 
 use std::arch::aarch64::*;
-use std::arch::is_aarch64_feature_detected;
+use std::arch::{asm, is_aarch64_feature_detected};
 
 use half::{bf16, f16};
 
 use super::tiles::for_each_tile;
 use super::{Kernels, portable};
 
+// SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
+// in it needs.
+#[allow(clippy::undocumented_unsafe_blocks)]
 pub(super) const KERNELS: Kernels = Kernels {
     name: "neon-dotprod",
     is_supported: || is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
@@ -15,7 +18,6 @@ pub(super) const KERNELS: Kernels = Kernels {
     absmax: portable::absmax,
     flag_outliers: portable::flag_outliers,
     quantize: portable::quantize,
-    // SAFETY (all): the table is handed out only where `is_supported` found the features.
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { half_dots::<f16>(x, weight, cols, sums) },
     bf16_dots: |x, weight, cols, sums| unsafe { half_dots::<bf16>(x, weight, cols, sums) },
@@ -49,7 +51,7 @@ fn int8_tile<const T: usize, const R: usize>(
         for r in 0..R {
             let weight = load(weight, r);
             for t in 0..T {
-                acc[t][r] = vdotq_s32(acc[t][r], codes[t], weight);
+                acc[t][r] = dot(acc[t][r], codes[t], weight);
             }
         }
     }
@@ -60,6 +62,24 @@ fn int8_tile<const T: usize, const R: usize>(
             sums[t * stride + r] = vaddvq_s32(acc) + tail;
         }
     }
+}
+
+/// `vdotq_s32`: adds four products of codes to each lane. The intrinsic is unstable as of Rust 1.95
+/// (`stdarch_neon_dotprod`), hence the instruction itself.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn dot(mut acc: int32x4_t, codes: int8x16_t, weight: int8x16_t) -> int32x4_t {
+    // SAFETY: SDOT reads and writes no memory or flags, and the dotprod feature is enabled here.
+    unsafe {
+        asm!(
+            "sdot {acc:v}.4s, {codes:v}.16b, {weight:v}.16b",
+            acc = inout(vreg) acc,
+            codes = in(vreg) codes,
+            weight = in(vreg) weight,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
 }
 
 /// A 16-bit float that 4 of are loaded and widened at a time.

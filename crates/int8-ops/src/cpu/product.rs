@@ -67,7 +67,7 @@ pub(crate) fn half_product<T: Sync>(
     bias: Option<&[f32]>,
 ) -> Vec<f32> {
     let cols = x.cols;
-    let tokens = if cols == 0 { 0 } else { x.values.len() / cols };
+    let tokens = x.values.len().checked_div(cols).unwrap_or_default();
     fill_column_blocks(tokens, weight_rows, |rows, outputs| {
         let weight = &weight[rows.start * cols..rows.end * cols];
         let mut sums = [0f32; TOKENS_PER_BLOCK * ROWS_PER_BLOCK];

@@ -1,0 +1,194 @@
+//! The command line; the doc comments are its help.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// 8-bit inference of BLOOM and OPT language models: half the memory of fp16, the same text.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write the text that follows a prompt.
+    Generate(Box<GenerateArgs>),
+}
+
+/// Which model, and how it is held in memory.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Folder of a Hugging Face checkpoint: config.json, tokenizer.json and safetensors weights.
+    /// Without it, the small demonstration model inside this program is used.
+    #[arg(short, long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
+
+    /// What the weights of the linear layers are held in.
+    #[arg(long, value_enum, default_value_t = PrecisionName::Int8)]
+    pub precision: PrecisionName,
+
+    /// Magnitude from which a feature of the activations is an outlier and stays in float; 0 keeps
+    /// none in float [int8 only].
+    #[arg(long, value_name = "X", default_value_t = int8_ops::OUTLIER_THRESHOLD, value_parser = threshold)]
+    pub threshold: f32,
+
+    /// Keep this linear layer in 16 bits: the name of a module or whole parts of it, such as h.0 or
+    /// mlp.dense_h_to_4h; may be given several times [int8 only].
+    #[arg(long = "skip-module", value_name = "NAME")]
+    pub skip_modules: Vec<String>,
+
+    /// Hold the embedding and the head in int8 too: less memory, a little less exact [int8 only].
+    #[arg(long)]
+    pub int8_head: bool,
+
+    /// Where to run: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto", value_parser = device)]
+    pub device: Device,
+
+    /// Threads to compute with [default: all cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// Instruction set of the CPU kernels, for measuring and for finding faults: portable, avx2,
+    /// avx-vnni, avx512-vnni or neon-dotprod [default: the fastest here].
+    #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]
+    pub instruction_set: Option<String>,
+}
+
+/// The names of the precisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionName {
+    /// LLM.int8(): blocks in 8 bits, embedding and head in 16.
+    Int8,
+    /// 16-bit floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit floats.
+    F32,
+}
+
+/// A device by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The best there is in this build.
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+/// What is said on the terminal.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Write one JSON object to stdout instead of text.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Say nothing on stderr but errors.
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// Say more on stderr: threads, instruction set, the bytes of every tensor.
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// Write the text that follows a prompt.
+///
+/// The text goes to stdout as it comes; everything else goes to stderr.
+#[derive(Debug, clap::Args)]
+pub struct GenerateArgs {
+    /// The prompt; `-` reads it from stdin, as does leaving it out when stdin is not a terminal. One
+    /// line break at the end of a prompt from stdin or a file is not part of it.
+    pub prompt: Option<OsString>,
+
+    /// Read the prompt from this file.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<PathBuf>,
+
+    /// Token ids instead of text, separated by commas: 2,45,7.
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "prompt_file"])]
+    pub prompt_ids: Option<Vec<u32>>,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// How tokens are chosen, and when to stop.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Generation")]
+pub struct SamplingArgs {
+    /// Tokens to generate at most.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: usize,
+
+    /// 0 takes the likeliest token each time; higher values draw more freely.
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f64,
+
+    /// Draw among the K likeliest tokens only.
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    pub top_k: Option<u32>,
+
+    /// Draw among the likeliest tokens that together have this probability, above 0 to 1; applied
+    /// after --top-k.
+    #[arg(long, value_name = "P", value_parser = probability)]
+    pub top_p: Option<f64>,
+
+    /// Above 1, tokens that the prompt or the text holds already become less likely.
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = penalty)]
+    pub repetition_penalty: f32,
+
+    /// The same seed draws the same text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Go on when the model ends its text.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+/// A finite number for which `holds` is true; `wanted` says what that is.
+fn number(text: &str, holds: impl Fn(f64) -> bool, wanted: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && holds(value) => Ok(value),
+        _ => Err(format!("wanted {wanted}")),
+    }
+}
+
+fn threshold(text: &str) -> Result<f32, String> {
+    number(text, |value| value >= 0.0, "a number from 0 up").map(|value| value as f32)
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    number(text, |value| value >= 0.0, "a number from 0 up")
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number(text, |value| value > 0.0 && value <= 1.0, "a number above 0, at most 1")
+}
+
+fn penalty(text: &str) -> Result<f32, String> {
+    number(text, |value| value as f32 > 0.0, "a number above 0").map(|value| value as f32)
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    match text.split_once(':').unwrap_or((text, "0")) {
+        ("auto", "0") => Ok(Device::Auto),
+        ("cpu", "0") => Ok(Device::Cpu),
+        ("cuda", index) => index.parse().map(Device::Cuda).map_err(|_| "wanted cuda:N with a number N".to_string()),
+        _ => Err("wanted auto, cpu, cuda or cuda:N".to_string()),
+    }
+}

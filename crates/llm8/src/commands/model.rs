@@ -1,0 +1,86 @@
+//! From the arguments to a loaded model and its tokenizer.
+
+use std::io::IsTerminal;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, load};
+use int8_ops::cpu::Kernels;
+
+use crate::args::{Device, ModelArgs, OutputArgs, PrecisionName};
+use crate::demo;
+use crate::failure::Failure;
+use crate::output;
+
+/// Sets up threads and kernels as the arguments say.
+pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
+    if let Device::Cuda(_) = args.device {
+        let failure = Failure::new("this llm8 has no CUDA support");
+        return Err(failure.with_hint("leave out --device, or give --device cpu").into());
+    }
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global()?;
+    }
+    if let Some(name) = &args.instruction_set {
+        Kernels::select(name)?;
+    }
+    Ok(())
+}
+
+/// The folder of the model; without one in the arguments, the demonstration model, which is said.
+pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
+    let Some(path) = &args.model else {
+        if !output.quiet {
+            eprintln!(
+                "No model given: this is the small demonstration model, trained on Debian's documentation.\n\
+                 Name a real one by its folder: --model path/to/bloomz-560m"
+            );
+        }
+        return Ok(demo::folder());
+    };
+    Ok(ModelFolder::open(path)?)
+}
+
+/// The precision that the arguments describe; flags that belong to int8 are refused with another.
+pub fn precision(args: &ModelArgs) -> anyhow::Result<Precision> {
+    let is_default = args.threshold == int8_ops::OUTLIER_THRESHOLD && args.skip_modules.is_empty() && !args.int8_head;
+    if args.precision != PrecisionName::Int8 && !is_default {
+        let message = "--threshold, --skip-module and --int8-head belong to --precision int8";
+        return Err(Failure::usage(message).into());
+    }
+    Ok(match args.precision {
+        PrecisionName::F32 => Precision::F32,
+        PrecisionName::F16 => Precision::F16,
+        PrecisionName::Bf16 => Precision::BF16,
+        PrecisionName::Int8 => Precision::Int8(Int8Options {
+            threshold: (args.threshold > 0.0).then_some(args.threshold),
+            skip_modules: args.skip_modules.clone(),
+            head: args.int8_head,
+        }),
+    })
+}
+
+/// Loads the model, with a progress bar on a terminal.
+pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
+    let bar = ProgressBar::new(0);
+    if output.quiet || !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar.set_style(ProgressStyle::with_template("loading {bar:30} {decimal_bytes}/{decimal_total_bytes}")?);
+    let progress = {
+        let bar = bar.clone();
+        move |progress: int8_models::Progress| {
+            bar.set_length(progress.total_bytes as u64);
+            bar.set_position(progress.bytes as u64);
+        }
+    };
+    let loaded = load(folder, &LoadOptions { precision, progress: Some(Box::new(progress)) });
+    bar.finish_and_clear();
+    let loaded = loaded?;
+    if output.verbose {
+        for entry in loaded.ledger.entries() {
+            eprintln!("{:>10}  {}", output::bytes(entry.bytes), entry.name);
+        }
+        eprintln!("{} threads, {} kernels", rayon::current_num_threads(), Kernels::active().name);
+    }
+    Ok(loaded)
+}

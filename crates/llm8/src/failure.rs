@@ -1,0 +1,56 @@
+//! How a failure is told: one line, a hint where there is one, an exit code.
+
+use std::process::ExitCode;
+
+use int8_models::Error;
+
+/// An error of the program's own, with what to do about it.
+#[derive(Debug)]
+pub struct Failure {
+    message: String,
+    hint: Option<String>,
+    /// Whether the command line was wrong, rather than what it led to.
+    is_usage: bool,
+}
+
+impl Failure {
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None, is_usage: false }
+    }
+
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { is_usage: true, ..Self::new(message) }
+    }
+
+    pub fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Tells the error on stderr and gives the exit code: 1 failed, 2 wrong usage; a reader that has
+/// closed its pipe has what it wanted, and that is no failure.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    let is_closed_pipe = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    };
+    if error.chain().any(is_closed_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    // Only the first line: a Candle error may carry a backtrace.
+    let message = format!("{error:#}");
+    eprintln!("error: {}", message.lines().next().unwrap_or_default());
+    let failure = error.downcast_ref::<Failure>();
+    let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| error.downcast_ref::<Error>()?.hint());
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(if failure.is_some_and(|failure| failure.is_usage) { 2 } else { 1 })
+}

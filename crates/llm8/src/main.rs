@@ -1,0 +1,28 @@
+//! llm8: 8-bit inference of BLOOM and OPT language models on the command line.
+
+mod args;
+mod commands;
+mod demo;
+mod failure;
+mod interrupt;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => failure::report(&error),
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Generate(args) => commands::generate::run(args),
+    }
+}

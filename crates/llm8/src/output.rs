@@ -1,0 +1,53 @@
+//! Numbers for people.
+
+use std::time::Duration;
+
+/// Bytes in decimal units, three digits: `5.83 MB`.
+pub fn bytes(bytes: usize) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 99.95 {
+        0
+    } else if value >= 9.995 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$} {}", units[unit])
+}
+
+/// Things a second; 0 when no time has passed.
+pub fn rate(count: usize, duration: Duration) -> f64 {
+    if duration.is_zero() { 0.0 } else { count as f64 / duration.as_secs_f64() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_three_digits() {
+        let cases = [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.00 kB"),
+            (14_138_000_000, "14.1 GB"),
+            (999_600_000, "1.00 GB"),
+            (352_500_000_000, "352 GB"),
+        ];
+        for (count, text) in cases {
+            assert_eq!(bytes(count), text);
+        }
+    }
+
+    #[test]
+    fn a_rate_over_no_time_is_zero() {
+        assert_eq!(rate(5, Duration::ZERO), 0.0);
+        assert_eq!(rate(5, Duration::from_millis(500)), 10.0);
+    }
+}

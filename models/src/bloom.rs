@@ -1,0 +1,205 @@
+//! BLOOM (BigScience 2022, arXiv 2211.05100), from config to logits; the reference is
+//! transformers/models/bloom/modeling_bloom.py.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{LayerNorm, Module};
+
+use crate::attention::{AttentionBias, KvCache, alibi_slopes, attend};
+use crate::causal_lm::CausalLm;
+use crate::config::Config;
+use crate::error;
+use crate::weights::{Embedding, Loader, Weights};
+
+type Linear = Box<dyn Module + Send + Sync>;
+
+/// What config.json says of the model.
+struct Shape {
+    vocab_size: usize,
+    hidden_size: usize,
+    num_layers: usize,
+    num_heads: usize,
+    layer_norm_epsilon: f64,
+    /// The residual is the layer norm's output instead of its input.
+    residual_after_layernorm: bool,
+    /// The head is the embedding.
+    tie_word_embeddings: bool,
+    /// Whether attention's `dense` and `dense_4h_to_h` add their biases; in the reference they do
+    /// not with `slow_but_exact` and `pretraining_tp > 1`.
+    output_biases: bool,
+}
+
+impl Shape {
+    fn read(config: &Config) -> error::Result<Self> {
+        let shape = Self {
+            vocab_size: config.size(&["vocab_size"])?,
+            // Published configs use either name; where both stand, the reference takes the first.
+            hidden_size: config.size(&["n_embed", "hidden_size"])?,
+            num_layers: config.size(&["num_hidden_layers", "n_layer"])?,
+            num_heads: config.size(&["num_attention_heads", "n_head"])?,
+            layer_norm_epsilon: config.positive("layer_norm_epsilon", 1e-5)?,
+            residual_after_layernorm: config.flag("apply_residual_connection_post_layernorm", false)?,
+            tie_word_embeddings: config.flag("tie_word_embeddings", true)?,
+            output_biases: !(config.flag("slow_but_exact", false)? && config.positive("pretraining_tp", 1.0)? > 1.0),
+        };
+        if !shape.hidden_size.is_multiple_of(shape.num_heads) {
+            let (hidden, heads) = (shape.hidden_size, shape.num_heads);
+            return Err(config.problem(format!("hidden size {hidden} is not a multiple of {heads} heads")));
+        }
+        Ok(shape)
+    }
+}
+
+/// The model; fields bear the checkpoint's names.
+pub(crate) struct Bloom {
+    word_embeddings: Embedding,
+    word_embeddings_layernorm: LayerNorm,
+    h: Vec<Block>,
+    ln_f: LayerNorm,
+    /// None: the head is the embedding.
+    lm_head: Option<Embedding>,
+    vocab_size: usize,
+    slopes: Vec<f32>,
+}
+
+impl Bloom {
+    pub(crate) const MODEL_TYPE: &str = "bloom";
+
+    pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
+        let shape = Shape::read(config)?;
+        let weights = loader.weights(&["transformer.", ""], "word_embeddings.weight")?;
+        let (hidden, eps) = (shape.hidden_size, shape.layer_norm_epsilon);
+        let lm_head = || loader.weights(&["lm_head."], "weight")?.embedding(shape.vocab_size, hidden);
+        Ok(Self {
+            word_embeddings: weights.pp("word_embeddings").embedding(shape.vocab_size, hidden)?,
+            word_embeddings_layernorm: weights.pp("word_embeddings_layernorm").layer_norm(hidden, eps)?,
+            h: (0..shape.num_layers)
+                .map(|index| Block::load(&shape, &weights.pp("h").pp(index)))
+                .collect::<error::Result<_>>()?,
+            ln_f: weights.pp("ln_f").layer_norm(hidden, eps)?,
+            lm_head: if shape.tie_word_embeddings { None } else { Some(lm_head()?) },
+            vocab_size: shape.vocab_size,
+            slopes: alibi_slopes(shape.num_heads),
+        })
+    }
+}
+
+impl CausalLm for Bloom {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn num_layers(&self) -> usize {
+        self.h.len()
+    }
+
+    fn max_positions(&self) -> Option<usize> {
+        None
+    }
+
+    fn embed(&self, tokens: &Tensor, _past: usize) -> Result<Tensor> {
+        self.word_embeddings_layernorm.forward(&self.word_embeddings.lookup(tokens)?)
+    }
+
+    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias> {
+        AttentionBias::new(Some(&self.slopes), tokens, past)
+    }
+
+    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor> {
+        self.h[index].forward(hidden, bias, |keys, values| cache.append(index, keys, values))
+    }
+
+    fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.ln_f.forward(hidden)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.as_ref().unwrap_or(&self.word_embeddings).logits(hidden)
+    }
+}
+
+struct Block {
+    input_layernorm: LayerNorm,
+    self_attention: Attention,
+    post_attention_layernorm: LayerNorm,
+    mlp: Mlp,
+    residual_after_layernorm: bool,
+}
+
+impl Block {
+    fn load(shape: &Shape, weights: &Weights) -> error::Result<Self> {
+        let (hidden, eps) = (shape.hidden_size, shape.layer_norm_epsilon);
+        Ok(Self {
+            input_layernorm: weights.pp("input_layernorm").layer_norm(hidden, eps)?,
+            self_attention: Attention::load(shape, &weights.pp("self_attention"))?,
+            post_attention_layernorm: weights.pp("post_attention_layernorm").layer_norm(hidden, eps)?,
+            mlp: Mlp::load(shape, &weights.pp("mlp"))?,
+            residual_after_layernorm: shape.residual_after_layernorm,
+        })
+    }
+
+    /// (batch, tokens, hidden) to the same.
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: impl Cache) -> Result<Tensor> {
+        let normed = self.input_layernorm.forward(hidden)?;
+        let residual = if self.residual_after_layernorm { &normed } else { hidden };
+        let hidden = (residual + self.self_attention.forward(&normed, bias, cache)?)?;
+        let normed = self.post_attention_layernorm.forward(&hidden)?;
+        let residual = if self.residual_after_layernorm { &normed } else { &hidden };
+        residual + self.mlp.forward(&normed)?
+    }
+}
+
+/// Appends new keys and values (batch, heads, tokens, head_dim) and gives all of the layer's.
+trait Cache: FnOnce(&Tensor, &Tensor) -> Result<(Tensor, Tensor)> {}
+
+impl<F: FnOnce(&Tensor, &Tensor) -> Result<(Tensor, Tensor)>> Cache for F {}
+
+struct Attention {
+    query_key_value: Linear,
+    dense: Linear,
+    num_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn load(shape: &Shape, weights: &Weights) -> error::Result<Self> {
+        let hidden = shape.hidden_size;
+        Ok(Self {
+            query_key_value: weights.pp("query_key_value").linear(hidden, 3 * hidden, true)?,
+            dense: weights.pp("dense").linear(hidden, hidden, shape.output_biases)?,
+            num_heads: shape.num_heads,
+            head_dim: hidden / shape.num_heads,
+        })
+    }
+
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: impl Cache) -> Result<Tensor> {
+        let (batch, tokens, _) = hidden.dims3()?;
+        // The rows of query_key_value are head-major: each head's query, key and value in turn.
+        let fused = self.query_key_value.forward(hidden)?;
+        let fused = fused.reshape((batch, tokens, self.num_heads, 3, self.head_dim))?;
+        // (batch, heads, tokens, head_dim)
+        let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
+        let (keys, values) = cache(&part(1)?, &part(2)?)?;
+        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        self.dense.forward(&attend(&part(0)?, &keys, &values, scale, bias)?)
+    }
+}
+
+struct Mlp {
+    dense_h_to_4h: Linear,
+    dense_4h_to_h: Linear,
+}
+
+impl Mlp {
+    fn load(shape: &Shape, weights: &Weights) -> error::Result<Self> {
+        let hidden = shape.hidden_size;
+        Ok(Self {
+            dense_h_to_4h: weights.pp("dense_h_to_4h").linear(hidden, 4 * hidden, true)?,
+            dense_4h_to_h: weights.pp("dense_4h_to_h").linear(4 * hidden, hidden, shape.output_biases)?,
+        })
+    }
+
+    fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        // Candle's `gelu` is the tanh form, which BLOOM uses (`bloom_gelu_forward`).
+        self.dense_4h_to_h.forward(&self.dense_h_to_4h.forward(hidden)?.gelu()?)
+    }
+}

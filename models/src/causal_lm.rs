@@ -1,0 +1,61 @@
+//! What every causal language model here is made of.
+
+use candle_core::{D, Result, Tensor};
+
+use crate::attention::{AttentionBias, KvCache};
+
+/// A decoder-only language model: an embedding, blocks, a final norm and a head.
+///
+/// A batch holds sequences of one length, each with outlier columns of its own, so that what shares
+/// a batch with a sequence never changes its result. Activations are `F32`.
+pub trait CausalLm: Send + Sync {
+    /// The number of token ids, and the width of the logits.
+    fn vocab_size(&self) -> usize;
+
+    /// The number of blocks.
+    fn num_layers(&self) -> usize;
+
+    /// The longest sequence the model can hold; `None` where positions have no end.
+    fn max_positions(&self) -> Option<usize>;
+
+    /// The input of the first block (batch, tokens, hidden) for token ids (batch, tokens) in `U32`
+    /// that follow `past` tokens.
+    fn embed(&self, tokens: &Tensor, past: usize) -> Result<Tensor>;
+
+    /// What is added to the attention scores of `tokens` new tokens that follow `past` others.
+    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias>;
+
+    /// The output of block `index` (batch, tokens, hidden); appends the block's keys and values to
+    /// the cache.
+    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor>;
+
+    /// What goes into the head: the last block's output (.., hidden), normed.
+    fn final_norm(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// The logits (.., vocabulary) of normed hidden states (.., hidden).
+    fn head(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// The normed hidden states (batch, tokens, hidden) of token ids (batch, tokens) in `U32` that
+    /// follow what is in the cache.
+    fn hidden_states(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (past, (_, new)) = (cache.len(), tokens.dims2()?);
+        let bias = self.attention_bias(new, past)?;
+        let mut hidden = self.embed(tokens, past)?;
+        for index in 0..self.num_layers() {
+            hidden = self.block(index, &hidden, &bias, cache)?;
+        }
+        self.final_norm(&hidden)
+    }
+
+    /// The logits (batch, tokens, vocabulary) at every position.
+    fn forward(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.head(&self.hidden_states(tokens, cache)?)
+    }
+
+    /// The logits (batch, vocabulary) after the last token: the head runs on one position only.
+    fn forward_last(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let hidden = self.hidden_states(tokens, cache)?;
+        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?;
+        self.head(&last)?.squeeze(D::Minus2)
+    }
+}

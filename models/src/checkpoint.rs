@@ -1,0 +1,120 @@
+//! The tensors of a checkpoint, found by name in the files that hold them.
+
+mod safetensors;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ::safetensors::Dtype;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::folder::ModelFolder;
+use safetensors::SafetensorsFile;
+
+/// A checkpoint's weight files, opened; tensors are read when they are asked for.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    files: Vec<SafetensorsFile>,
+    /// Full tensor name to the index of its file.
+    tensors: BTreeMap<String, usize>,
+}
+
+/// A tensor as it stands in a file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RawTensor<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) file: &'a Path,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: &'a [usize],
+    /// Little-endian, row-major; of any alignment.
+    pub(crate) data: &'a [u8],
+}
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+impl Checkpoint {
+    /// Opens model.safetensors, or the shards that model.safetensors.index.json names.
+    pub(crate) fn open(folder: &ModelFolder) -> Result<Self> {
+        if folder.has(SINGLE) {
+            let file = SafetensorsFile::open(folder, SINGLE)?;
+            let tensors = file.names().into_iter().map(|name| (name, 0)).collect();
+            return Ok(Self { files: vec![file], tensors });
+        }
+        match folder.read_json(INDEX)? {
+            Some(index) => Self::open_shards(folder, &index),
+            None => Err(Error::MissingFile {
+                file: folder.file(SINGLE),
+                hint: format!("the weights must be in {SINGLE}, or in shards that {INDEX} lists"),
+            }),
+        }
+    }
+
+    fn open_shards(folder: &ModelFolder, index: &Value) -> Result<Self> {
+        let Some(weight_map) = index.get("weight_map").and_then(Value::as_object) else {
+            return Err(folder.problem(INDEX, "`weight_map` is missing, wanted an object of tensor names".to_string()));
+        };
+        let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
+        let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
+        for (name, shard) in weight_map {
+            let shard = match shard.as_str() {
+                Some(shard) if Path::new(shard).file_name().is_some_and(|file| file == shard) => shard,
+                _ => {
+                    let problem = format!("tensor `{name}` is in {shard}, wanted the name of a file in this folder");
+                    return Err(folder.problem(INDEX, problem));
+                }
+            };
+            let file = match opened.get(shard) {
+                Some(file) => *file,
+                None => {
+                    if !folder.has(shard) {
+                        let hint = format!("{INDEX} names this shard: fetch it again");
+                        return Err(Error::MissingFile { file: folder.file(shard), hint });
+                    }
+                    files.push(SafetensorsFile::open(folder, shard)?);
+                    opened.insert(shard, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            if files[file].tensor(name).is_none() {
+                return Err(Error::Tensor {
+                    file: folder.file(shard),
+                    tensor: name.clone(),
+                    problem: format!("not in the file, though {INDEX} says so"),
+                    hint: Some("the shards and their index do not belong together: fetch them again".to_string()),
+                });
+            }
+            tensors.insert(name.clone(), file);
+        }
+        Ok(Self { files, tensors })
+    }
+
+    /// The tensor of that full name.
+    pub(crate) fn tensor(&self, name: &str) -> Option<RawTensor<'_>> {
+        let (name, file) = self.tensors.get_key_value(name)?;
+        self.files[*file].tensor(name)
+    }
+
+    /// The file that a message about a tensor that is not there should name.
+    pub(crate) fn first_file(&self) -> &Path {
+        self.files.first().map_or(Path::new(INDEX), SafetensorsFile::path)
+    }
+
+    /// Bytes of all tensors.
+    pub(crate) fn bytes(&self) -> usize {
+        self.tensors.keys().filter_map(|name| self.tensor(name)).map(|tensor| tensor.data.len()).sum()
+    }
+}
+
+impl RawTensor<'_> {
+    /// An error about this tensor.
+    pub(crate) fn problem(&self, problem: String) -> Error {
+        self.problem_with_hint(problem, None)
+    }
+
+    /// An error about this tensor, and what to do.
+    pub(crate) fn problem_with_hint(&self, problem: String, hint: Option<String>) -> Error {
+        Error::Tensor { file: self.file.to_path_buf(), tensor: self.name.to_string(), problem, hint }
+    }
+}

@@ -1,0 +1,94 @@
+//! What can go wrong between a folder and a token: where, what was found, what was wanted, what to do.
+
+use std::path::PathBuf;
+
+/// The result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a model could not be loaded or run; [`Error::hint`] says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The path given for a model is not a folder.
+    #[error("{path}: {problem}")]
+    Folder {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What is there instead.
+        problem: String,
+    },
+    /// A file that the model needs is not in its folder.
+    #[error("{file}: no such file")]
+    MissingFile {
+        /// The file that was looked for.
+        file: PathBuf,
+        /// What would provide it.
+        hint: String,
+    },
+    /// A file could not be read, or does not hold what it should.
+    #[error("{file}: {problem}")]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// What was found and what was wanted.
+        problem: String,
+    },
+    /// The model is of an architecture that this crate does not have.
+    #[error("{file}: architecture `{found}` is not supported")]
+    Architecture {
+        /// The config file that names it.
+        file: PathBuf,
+        /// The `model_type`, or what stands in its place.
+        found: String,
+        /// The `model_type`s that are supported.
+        supported: String,
+    },
+    /// A tensor is missing, or is not what the config calls for.
+    #[error("{file}: tensor `{tensor}`: {problem}")]
+    Tensor {
+        /// The file the tensor is in, or should be in.
+        file: PathBuf,
+        /// The tensor's full name in the checkpoint.
+        tensor: String,
+        /// What was found and what was wanted.
+        problem: String,
+        /// What to do, where there is something.
+        hint: Option<String>,
+    },
+    /// A module to keep out of int8 is not part of the model.
+    #[error("no linear layer matches the module name `{name}`")]
+    SkipModule {
+        /// The name that was given.
+        name: String,
+        /// Names that would have matched.
+        examples: String,
+    },
+    /// Text could not be turned into token ids, or ids into text.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The prompt cannot be run by the model.
+    #[error("prompt: {0}")]
+    Prompt(String),
+    /// The model's output is unusable.
+    #[error("the model's output is {0}")]
+    Output(String),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// What to do about the error, where there is something to say.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Folder { .. } => {
+                Some("give the folder that holds the model's config.json, tokenizer and weights".to_string())
+            }
+            Self::MissingFile { hint, .. } => Some(hint.clone()),
+            Self::Architecture { supported, .. } => Some(format!("supported architectures: {supported}")),
+            Self::Tensor { hint, .. } => hint.clone(),
+            Self::SkipModule { examples, .. } => Some(format!("modules of this model: {examples}")),
+            Self::Output(_) => Some("a weight or the checkpoint may be damaged; try --precision f32".to_string()),
+            Self::File { .. } | Self::Tokenizer(_) | Self::Prompt(_) | Self::Candle(_) => None,
+        }
+    }
+}

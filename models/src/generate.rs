@@ -1,0 +1,201 @@
+//! The token loop: prompt in, tokens out, one at a time.
+
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor};
+use candle_transformers::generation::{LogitsProcessor, Sampling};
+use candle_transformers::utils::apply_repeat_penalty;
+
+use crate::attention::KvCache;
+use crate::causal_lm::CausalLm;
+use crate::error::{Error, Result};
+
+/// How tokens are chosen, and when to stop.
+#[derive(Debug, Clone)]
+pub struct GenerateOptions {
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
+    pub temperature: f64,
+    /// Draw among this many of the likeliest tokens only.
+    pub top_k: Option<usize>,
+    /// Draw among the likeliest tokens that together have this probability, after `top_k`.
+    pub top_p: Option<f64>,
+    /// Above 1, tokens of the prompt and the output become less likely; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// The same seed draws the same tokens.
+    pub seed: u64,
+    /// Ids that end the text; the one met is the last token.
+    pub eos: Vec<u32>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 128,
+            temperature: 0.0,
+            top_k: None,
+            top_p: None,
+            repetition_penalty: 1.0,
+            seed: 0,
+            eos: Vec::new(),
+        }
+    }
+}
+
+/// Why no more tokens come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its text.
+    Eos,
+    /// As many tokens were made as were asked for, or as the model has positions for.
+    Length,
+}
+
+impl FinishReason {
+    /// `eos` or `length`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Eos => "eos",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// The tokens that follow a prompt: an iterator over their ids.
+pub struct Generation<'a> {
+    model: &'a dyn CausalLm,
+    options: GenerateOptions,
+    processor: LogitsProcessor,
+    cache: KvCache,
+    /// The prompt and what has been generated.
+    ids: Vec<u32>,
+    prompt_len: usize,
+    finish_reason: Option<FinishReason>,
+    prompt_duration: Duration,
+    generation_duration: Duration,
+}
+
+/// Below this a temperature would only overflow: the likeliest token is taken.
+const MIN_TEMPERATURE: f64 = 1e-5;
+
+/// Starts generating after `prompt`; the prompt is run when the first token is asked for.
+///
+/// Errors when the prompt is empty, holds an id outside the vocabulary, or leaves no position free.
+pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateOptions) -> Result<Generation<'a>> {
+    if prompt.is_empty() {
+        return Err(Error::Prompt("it is empty, wanted at least one token".to_string()));
+    }
+    let vocab_size = model.vocab_size();
+    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
+        return Err(Error::Prompt(format!("token id {id} is outside the vocabulary of {vocab_size}")));
+    }
+    if let Some(positions) = model.max_positions()
+        && prompt.len() > positions
+    {
+        let len = prompt.len();
+        return Err(Error::Prompt(format!("it has {len} tokens, but the model has only {positions} positions")));
+    }
+    let sampling = match (options.temperature, options.top_p) {
+        (temperature, _) if temperature < MIN_TEMPERATURE => Sampling::ArgMax,
+        (temperature, Some(p)) => Sampling::TopP { p, temperature },
+        (temperature, None) => Sampling::All { temperature },
+    };
+    Ok(Generation {
+        model,
+        options: options.clone(),
+        processor: LogitsProcessor::from_sampling(options.seed, sampling),
+        cache: KvCache::new(model.num_layers()),
+        ids: prompt.to_vec(),
+        prompt_len: prompt.len(),
+        finish_reason: None,
+        prompt_duration: Duration::ZERO,
+        generation_duration: Duration::ZERO,
+    })
+}
+
+impl Generation<'_> {
+    /// The ids generated so far.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids[self.prompt_len..]
+    }
+
+    /// Why the iterator has ended; `None` while it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish_reason
+    }
+
+    /// How long the prompt took, up to the first token.
+    pub fn prompt_duration(&self) -> Duration {
+        self.prompt_duration
+    }
+
+    /// How long the tokens after the first took.
+    pub fn generation_duration(&self) -> Duration {
+        self.generation_duration
+    }
+
+    /// Bytes that keys and values have taken.
+    pub fn kv_cache_bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+
+    /// Runs the tokens that are not in the cache yet, and chooses the next.
+    fn step(&mut self) -> Result<u32> {
+        let new = &self.ids[self.cache.len()..];
+        let tokens = Tensor::new(new, &Device::Cpu)?.unsqueeze(0)?;
+        let logits = self.model.forward_last(&tokens, &mut self.cache)?.squeeze(0)?;
+        let logits = apply_repeat_penalty(&logits, self.options.repetition_penalty, &self.ids)?;
+        let mut logits = logits.to_vec1::<f32>()?;
+        if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
+            return Err(Error::Output(format!("{bad}, not a finite number")));
+        }
+        if let Some(top_k) = self.options.top_k {
+            keep_top_k(&mut logits, top_k);
+        }
+        Ok(self.processor.sample(&Tensor::new(logits, &Device::Cpu)?)?)
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<u32>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.finish_reason.is_some() {
+            return None;
+        }
+        let is_full = self.model.max_positions().is_some_and(|positions| self.ids.len() > positions);
+        if self.ids().len() >= self.options.max_new_tokens || is_full {
+            self.finish_reason = Some(FinishReason::Length);
+            return None;
+        }
+        let start = Instant::now();
+        let is_prompt = self.cache.is_empty();
+        let id = match self.step() {
+            Ok(id) => id,
+            Err(error) => {
+                self.finish_reason = Some(FinishReason::Length);
+                return Some(Err(error));
+            }
+        };
+        let duration = if is_prompt { &mut self.prompt_duration } else { &mut self.generation_duration };
+        *duration += start.elapsed();
+        self.ids.push(id);
+        if self.options.eos.contains(&id) {
+            self.finish_reason = Some(FinishReason::Eos);
+        }
+        Some(Ok(id))
+    }
+}
+
+/// Makes all but the `top_k` largest logits (and those equal to the last of them) impossible: before
+/// top-p, whose share is then of what is left.
+fn keep_top_k(logits: &mut [f32], top_k: usize) {
+    if top_k == 0 || top_k >= logits.len() {
+        return;
+    }
+    let mut sorted = logits.to_vec();
+    let (_, last, _) = sorted.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a));
+    let last = *last;
+    logits.iter_mut().filter(|logit| **logit < last).for_each(|logit| *logit = f32::NEG_INFINITY);
+}

@@ -1,0 +1,42 @@
+//! BLOOM and OPT causal language models, rebuilt on 8-bit linear layers.
+//!
+//! The path from a checkpoint to text, one module a step:
+//!
+//! - [`ModelFolder`]: the files of a model, on disk or inside the program.
+//! - [`load`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
+//! - [`TextCodec`]: text to token ids and back, streamed.
+//! - [`generate`]: the token loop, an iterator over the tokens that follow a prompt.
+//!
+//! ```no_run
+//! use int8_models::{GenerateOptions, LoadOptions, ModelFolder, TextCodec, generate, load};
+//! let folder = ModelFolder::open("bloomz-560m")?;
+//! let loaded = load(&folder, &LoadOptions::default())?;
+//! let text = TextCodec::load(&folder)?;
+//! let prompt = text.encode("Translate to English: Je t'aime.")?;
+//! let options = GenerateOptions { eos: loaded.eos.clone(), ..Default::default() };
+//! for token in generate(loaded.model.as_ref(), &prompt, &options)? {
+//!     println!("{}", token?);
+//! }
+//! # Ok::<(), int8_models::Error>(())
+//! ```
+
+mod attention;
+mod bloom;
+mod causal_lm;
+mod checkpoint;
+mod config;
+mod error;
+mod folder;
+mod generate;
+mod load;
+mod text;
+mod weights;
+
+pub use attention::{AttentionBias, KvCache};
+pub use causal_lm::CausalLm;
+pub use error::{Error, Result};
+pub use folder::ModelFolder;
+pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use load::{LoadOptions, Loaded, Progress, load};
+pub use text::{TextCodec, TextStream};
+pub use weights::{Int8Options, Ledger, LedgerEntry, Precision};

@@ -1,0 +1,86 @@
+//! A folder becomes a model: config, then weights in the chosen precision.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use crate::bloom::Bloom;
+use crate::causal_lm::CausalLm;
+use crate::checkpoint::Checkpoint;
+use crate::config::Config;
+use crate::error::Result;
+use crate::folder::ModelFolder;
+use crate::weights::{Ledger, Loader, Precision};
+
+/// How a model is loaded.
+#[derive(Default)]
+pub struct LoadOptions {
+    /// What the weights are held in; int8 by default.
+    pub precision: Precision,
+    /// Called after every tensor.
+    pub progress: Option<Box<dyn Fn(Progress)>>,
+}
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// Bytes of the checkpoint's tensors that have been read.
+    pub bytes: usize,
+    /// Bytes of all of the checkpoint's tensors.
+    pub total_bytes: usize,
+}
+
+/// A loaded model.
+pub struct Loaded {
+    /// The model.
+    pub model: Box<dyn CausalLm>,
+    /// The bytes of every tensor as it was loaded.
+    pub ledger: Ledger,
+    /// The ids that end a text, from generation_config.json or else config.json; may be empty.
+    pub eos: Vec<u32>,
+    /// How long loading took.
+    pub duration: Duration,
+}
+
+/// Loads the model in `folder`.
+///
+/// Errors name the file, and the tensor in full, and say what was found and what was wanted.
+pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
+    let start = Instant::now();
+    let config = Config::read(folder)?;
+    let family = Family::of(&config)?;
+    let generation = Config::read_generation(folder)?;
+    let eos = [generation.as_ref(), Some(&config)].into_iter().flatten().map(|config| config.token_ids("eos_token_id"));
+    let eos = eos.collect::<Result<Vec<_>>>()?.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default();
+    let checkpoint = Checkpoint::open(folder)?;
+    let (bytes, total_bytes) = (Cell::new(0), checkpoint.bytes());
+    let loaded = |tensor_bytes: usize| {
+        bytes.set(bytes.get() + tensor_bytes);
+        if let Some(progress) = &options.progress {
+            progress(Progress { bytes: bytes.get(), total_bytes });
+        }
+    };
+    let loader = Loader::new(&checkpoint, &options.precision, &loaded);
+    let model = family.load(&config, &loader)?;
+    let ledger = loader.finish()?;
+    Ok(Loaded { model, ledger, eos, duration: start.elapsed() })
+}
+
+/// The families of models; the only list of them.
+enum Family {
+    Bloom,
+}
+
+impl Family {
+    fn of(config: &Config) -> Result<Self> {
+        match config.model_type() {
+            Some(Bloom::MODEL_TYPE | "BloomForCausalLM") => Ok(Self::Bloom),
+            _ => Err(config.unsupported(&[Bloom::MODEL_TYPE])),
+        }
+    }
+
+    fn load(self, config: &Config, loader: &Loader) -> Result<Box<dyn CausalLm>> {
+        match self {
+            Self::Bloom => Ok(Box::new(Bloom::load(config, loader)?)),
+        }
+    }
+}
