@@ -18,7 +18,9 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
         return Err(failure.with_hint("leave out --device, or give --device cpu").into());
     }
     if let Some(threads) = args.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global()?;
+        // SAFETY: nothing has started a thread yet. The variable is read by rayon's pool, which our
+        // kernels use, and by candle's own, when each is first used; candle offers no other way.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
     if let Some(name) = &args.instruction_set {
         Kernels::select(name)?;

@@ -1,0 +1,19 @@
+# `make check` is what CI runs.
+.PHONY: check test bench golden
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --document-private-items --locked
+	cargo test --workspace --locked
+
+test:
+	cargo test --workspace
+
+bench:
+	cargo bench -p int8-ops
+
+# Makes the demonstration model and the small fixtures again; tests/reference/README.md says what they need.
+golden:
+	python3 tests/reference/demo_model.py
+	python3 tests/reference/random_checkpoints.py
