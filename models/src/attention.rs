@@ -1,6 +1,6 @@
 //! Attention over cached keys and values: the cache, the causal mask, ALiBi.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
 /// The keys and values of every layer for the tokens seen so far; its length is the position.
@@ -44,11 +44,16 @@ impl KvCache {
         tensors.map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
     }
 
+    /// The part of the cache that belongs to block `index`.
+    pub(crate) fn layer(&mut self, index: usize) -> LayerCache<'_> {
+        LayerCache { cache: self, index }
+    }
+
     /// Appends keys and values (batch, heads, tokens, head_dim) of one layer, and gives all it holds:
     /// (batch, heads, past + tokens, head_dim).
     ///
     /// Room doubles when it is full, so a token's share of the copying does not grow with the context.
-    pub(crate) fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, heads, tokens, head_dim) = keys.dims4()?;
         let Some(layer) = self.layers.get_mut(index) else {
             bail!("the cache has {} layers, but the model has more", self.layers.len())
@@ -83,6 +88,12 @@ impl KvCache {
     }
 }
 
+/// One block's part of a cache.
+pub(crate) struct LayerCache<'a> {
+    cache: &'a mut KvCache,
+    index: usize,
+}
+
 /// What is added to attention scores: made once for all blocks of a forward pass.
 #[derive(Debug)]
 pub struct AttentionBias {
@@ -112,20 +123,23 @@ impl AttentionBias {
     }
 }
 
-/// softmax(q k^T * scale + bias) v: queries (batch, heads, tokens, head_dim), keys and values
-/// (batch, heads, past + tokens, head_dim) to (batch, tokens, heads * head_dim).
+/// Appends keys and values to the cache, and lets the queries attend to all it holds:
+/// softmax(q k^T / sqrt(head_dim) + bias) v. Queries, keys and values are (batch, heads, tokens,
+/// head_dim), the result is (batch, tokens, heads * head_dim).
 pub(crate) fn attend(
     queries: &Tensor,
     keys: &Tensor,
     values: &Tensor,
-    scale: f64,
     bias: &AttentionBias,
+    cache: LayerCache,
 ) -> Result<Tensor> {
-    let mut scores = (queries.contiguous()?.matmul(&keys.t()?)? * scale)?;
+    let (keys, values) = cache.cache.append(cache.index, keys, values)?;
+    let scale = 1.0 / (queries.dim(3)? as f64).sqrt();
+    let mut scores = (queries * scale)?.contiguous()?.matmul(&keys.t()?)?;
     for bias in [&bias.alibi, &bias.causal].into_iter().flatten() {
         scores = scores.broadcast_add(bias)?;
     }
-    let context = softmax_last_dim(&scores.to_dtype(DType::F32)?)?.matmul(values)?;
+    let context = softmax_last_dim(&scores)?.matmul(&values)?;
     context.transpose(1, 2)?.flatten_from(2)
 }
 

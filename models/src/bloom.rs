@@ -4,13 +4,11 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{LayerNorm, Module};
 
-use crate::attention::{AttentionBias, KvCache, alibi_slopes, attend};
+use crate::attention::{AttentionBias, KvCache, LayerCache, alibi_slopes, attend};
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
-use crate::weights::{Embedding, Loader, Weights};
-
-type Linear = Box<dyn Module + Send + Sync>;
+use crate::weights::{Embedding, Linear, Loader, Weights};
 
 /// What config.json says of the model.
 struct Shape {
@@ -105,7 +103,7 @@ impl CausalLm for Bloom {
     }
 
     fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor> {
-        self.h[index].forward(hidden, bias, |keys, values| cache.append(index, keys, values))
+        self.h[index].forward(hidden, bias, cache.layer(index))
     }
 
     fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -138,7 +136,7 @@ impl Block {
     }
 
     /// (batch, tokens, hidden) to the same.
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: impl Cache) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(hidden)?;
         let residual = if self.residual_after_layernorm { &normed } else { hidden };
         let hidden = (residual + self.self_attention.forward(&normed, bias, cache)?)?;
@@ -147,11 +145,6 @@ impl Block {
         residual + self.mlp.forward(&normed)?
     }
 }
-
-/// Appends new keys and values (batch, heads, tokens, head_dim) and gives all of the layer's.
-trait Cache: FnOnce(&Tensor, &Tensor) -> Result<(Tensor, Tensor)> {}
-
-impl<F: FnOnce(&Tensor, &Tensor) -> Result<(Tensor, Tensor)>> Cache for F {}
 
 struct Attention {
     query_key_value: Linear,
@@ -171,16 +164,14 @@ impl Attention {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: impl Cache) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
         let (batch, tokens, _) = hidden.dims3()?;
         // The rows of query_key_value are head-major: each head's query, key and value in turn.
         let fused = self.query_key_value.forward(hidden)?;
         let fused = fused.reshape((batch, tokens, self.num_heads, 3, self.head_dim))?;
         // (batch, heads, tokens, head_dim)
         let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
-        let (keys, values) = cache(&part(1)?, &part(2)?)?;
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
-        self.dense.forward(&attend(&part(0)?, &keys, &values, scale, bias)?)
+        self.dense.forward(&attend(&part(0)?, &part(1)?, &part(2)?, bias, cache)?)
     }
 }
 

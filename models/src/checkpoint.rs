@@ -1,5 +1,7 @@
 //! The tensors of a checkpoint, found by name in the files that hold them.
 
+mod pickle;
+mod pytorch;
 mod safetensors;
 
 use std::collections::BTreeMap;
@@ -10,12 +12,13 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::folder::ModelFolder;
+use pytorch::PytorchFile;
 use safetensors::SafetensorsFile;
 
 /// A checkpoint's weight files, opened; tensors are read when they are asked for.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    files: Vec<SafetensorsFile>,
+    files: Vec<WeightFile>,
     /// Full tensor name to the index of its file.
     tensors: BTreeMap<String, usize>,
 }
@@ -31,29 +34,77 @@ pub(crate) struct RawTensor<'a> {
     pub(crate) data: &'a [u8],
 }
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// A file of weights, in either format.
+#[derive(Debug)]
+enum WeightFile {
+    Safetensors(SafetensorsFile),
+    Pytorch(PytorchFile),
+}
 
-impl Checkpoint {
-    /// Opens model.safetensors, or the shards that model.safetensors.index.json names.
-    pub(crate) fn open(folder: &ModelFolder) -> Result<Self> {
-        if folder.has(SINGLE) {
-            let file = SafetensorsFile::open(folder, SINGLE)?;
-            let tensors = file.names().into_iter().map(|name| (name, 0)).collect();
-            return Ok(Self { files: vec![file], tensors });
-        }
-        match folder.read_json(INDEX)? {
-            Some(index) => Self::open_shards(folder, &index),
-            None => Err(Error::MissingFile {
-                file: folder.file(SINGLE),
-                hint: format!("the weights must be in {SINGLE}, or in shards that {INDEX} lists"),
-            }),
+impl WeightFile {
+    /// Opens a file, in the format that its name tells.
+    fn open(folder: &ModelFolder, name: &str) -> Result<Self> {
+        if name.ends_with(".safetensors") {
+            SafetensorsFile::open(folder, name).map(Self::Safetensors)
+        } else {
+            PytorchFile::open(folder, name).map(Self::Pytorch)
         }
     }
 
-    fn open_shards(folder: &ModelFolder, index: &Value) -> Result<Self> {
-        let Some(weight_map) = index.get("weight_map").and_then(Value::as_object) else {
-            return Err(folder.problem(INDEX, "`weight_map` is missing, wanted an object of tensor names".to_string()));
+    fn path(&self) -> &Path {
+        match self {
+            Self::Safetensors(file) => file.path(),
+            Self::Pytorch(file) => file.path(),
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        match self {
+            Self::Safetensors(file) => file.names(),
+            Self::Pytorch(file) => file.names(),
+        }
+    }
+
+    fn tensor<'a>(&'a self, name: &'a str) -> Option<RawTensor<'a>> {
+        match self {
+            Self::Safetensors(file) => file.tensor(name),
+            Self::Pytorch(file) => file.tensor(name),
+        }
+    }
+}
+
+/// The names that weights are published under, the preferred first: a file, and the index of its
+/// shards where it is split.
+const FORMS: [(&str, &str); 2] =
+    [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")];
+
+impl Checkpoint {
+    /// Opens the weights in `folder`: safetensors where there are any, else PyTorch's own format; one
+    /// file, or the shards that an index lists.
+    pub(crate) fn open(folder: &ModelFolder) -> Result<Self> {
+        for (single, index) in FORMS {
+            if folder.has(single) {
+                let file = WeightFile::open(folder, single)?;
+                let tensors = file.names().into_iter().map(|name| (name, 0)).collect();
+                return Ok(Self { files: vec![file], tensors });
+            }
+            if let Some(json) = folder.read_json(index)? {
+                return Self::open_shards(folder, index, &json);
+            }
+        }
+        let [(safetensors, safetensors_index), (pytorch, pytorch_index)] = FORMS;
+        Err(Error::MissingFile {
+            file: folder.file(safetensors),
+            hint: format!(
+                "the weights must be in {safetensors} or {pytorch}, or in shards that {safetensors_index} or \
+                 {pytorch_index} lists"
+            ),
+        })
+    }
+
+    fn open_shards(folder: &ModelFolder, index: &str, json: &Value) -> Result<Self> {
+        let Some(weight_map) = json.get("weight_map").and_then(Value::as_object) else {
+            return Err(folder.problem(index, "`weight_map` is missing, wanted an object of tensor names".to_string()));
         };
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
         let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
@@ -62,17 +113,17 @@ impl Checkpoint {
                 Some(shard) if Path::new(shard).file_name().is_some_and(|file| file == shard) => shard,
                 _ => {
                     let problem = format!("tensor `{name}` is in {shard}, wanted the name of a file in this folder");
-                    return Err(folder.problem(INDEX, problem));
+                    return Err(folder.problem(index, problem));
                 }
             };
             let file = match opened.get(shard) {
                 Some(file) => *file,
                 None => {
                     if !folder.has(shard) {
-                        let hint = format!("{INDEX} names this shard: fetch it again");
+                        let hint = format!("{index} names this shard: fetch it again");
                         return Err(Error::MissingFile { file: folder.file(shard), hint });
                     }
-                    files.push(SafetensorsFile::open(folder, shard)?);
+                    files.push(WeightFile::open(folder, shard)?);
                     opened.insert(shard, files.len() - 1);
                     files.len() - 1
                 }
@@ -81,7 +132,7 @@ impl Checkpoint {
                 return Err(Error::Tensor {
                     file: folder.file(shard),
                     tensor: name.clone(),
-                    problem: format!("not in the file, though {INDEX} says so"),
+                    problem: format!("not in the file, though {index} says so"),
                     hint: Some("the shards and their index do not belong together: fetch them again".to_string()),
                 });
             }
@@ -98,7 +149,7 @@ impl Checkpoint {
 
     /// The file that a message about a tensor that is not there should name.
     pub(crate) fn first_file(&self) -> &Path {
-        self.files.first().map_or(Path::new(INDEX), SafetensorsFile::path)
+        self.files.first().map_or(Path::new(FORMS[0].0), WeightFile::path)
     }
 
     /// Bytes of all tensors.

@@ -58,6 +58,18 @@ impl Config {
         }
     }
 
+    /// One of the texts in `choices`; the first when there is none.
+    pub(crate) fn choice<'k>(&self, key: &str, choices: &[&'k str]) -> Result<&'k str> {
+        let Some((_, value)) = self.value(&[key]) else { return Ok(choices[0]) };
+        let found = choices.iter().find(|choice| value.as_str() == Some(choice));
+        found.copied().ok_or_else(|| self.problem(format!("`{key}` is {value}, wanted one of {}", choices.join(", "))))
+    }
+
+    /// A size above 0, or the default when the key is not there.
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.value(&[key]).is_some() { self.size(&[key]) } else { Ok(default) }
+    }
+
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.value(&[key]) {
             None => Ok(default),

@@ -29,6 +29,7 @@ mod error;
 mod folder;
 mod generate;
 mod load;
+mod opt;
 mod text;
 mod weights;
 

@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Result;
 use crate::folder::ModelFolder;
+use crate::opt::Opt;
 use crate::weights::{Ledger, Loader, Precision};
 
 /// How a model is loaded.
@@ -68,19 +69,22 @@ pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
 /// The families of models; the only list of them.
 enum Family {
     Bloom,
+    Opt,
 }
 
 impl Family {
     fn of(config: &Config) -> Result<Self> {
         match config.model_type() {
             Some(Bloom::MODEL_TYPE | "BloomForCausalLM") => Ok(Self::Bloom),
-            _ => Err(config.unsupported(&[Bloom::MODEL_TYPE])),
+            Some(Opt::MODEL_TYPE | "OPTForCausalLM") => Ok(Self::Opt),
+            _ => Err(config.unsupported(&[Bloom::MODEL_TYPE, Opt::MODEL_TYPE])),
         }
     }
 
     fn load(self, config: &Config, loader: &Loader) -> Result<Box<dyn CausalLm>> {
         match self {
             Self::Bloom => Ok(Box::new(Bloom::load(config, loader)?)),
+            Self::Opt => Ok(Box::new(Opt::load(config, loader)?)),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Text to token ids and back.
 
-use tokenizers::Tokenizer;
+use serde_json::{Value, json};
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::{Error, Result};
 use crate::folder::ModelFolder;
@@ -12,19 +13,29 @@ pub struct TextCodec {
 }
 
 const TOKENIZER: &str = "tokenizer.json";
+const VOCABULARY: &str = "vocab.json";
+const MERGES: &str = "merges.txt";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 
 impl TextCodec {
-    /// Reads tokenizer.json.
+    /// Reads tokenizer.json, or else vocab.json and merges.txt (GPT-2's byte-level BPE, as OPT is
+    /// published); special tokens are also those of tokenizer_config.json and special_tokens_map.json.
     pub fn load(folder: &ModelFolder) -> Result<Self> {
-        let Some(content) = folder.read(TOKENIZER)? else {
-            let hint = "fetch the model's tokenizer.json too, or give token ids instead of text".to_string();
-            return Err(Error::MissingFile { file: folder.file(TOKENIZER), hint });
+        let special = SpecialTokens::read(folder)?;
+        let mut tokenizer = match folder.read(TOKENIZER)? {
+            Some(content) => {
+                Tokenizer::from_bytes(content).map_err(|error| not_a_tokenizer(folder, TOKENIZER, error))?
+            }
+            None => byte_level_bpe(folder, &special)?,
         };
-        let not_a_tokenizer = |error| folder.problem(TOKENIZER, format!("is not a tokenizer: {error}"));
-        let mut tokenizer = Tokenizer::from_bytes(content).map_err(not_a_tokenizer)?;
+        // Only tokens that the vocabulary has: a new one would have an id that the model does not know.
+        let known = special.tokens.into_iter().filter(|token| tokenizer.token_to_id(&token.content).is_some());
+        let known: Vec<_> = known.collect();
+        tokenizer.add_special_tokens(known).map_err(|error| not_a_tokenizer(folder, TOKENIZER_CONFIG, error))?;
         // A prompt is encoded whole, whatever the file was saved with.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(not_a_tokenizer)?;
+        tokenizer.with_truncation(None).map_err(|error| not_a_tokenizer(folder, TOKENIZER, error))?;
         Ok(Self { tokenizer })
     }
 
@@ -53,6 +64,92 @@ impl TextCodec {
     pub fn stream(&self) -> TextStream<'_> {
         TextStream { codec: self, ids: Vec::new(), settled: 0, printed: 0 }
     }
+}
+
+/// What tokenizer_config.json and special_tokens_map.json say.
+#[derive(Debug, Default)]
+struct SpecialTokens {
+    /// The tokens that are no text.
+    tokens: Vec<AddedToken>,
+    /// The token that every text begins with, where the config says so.
+    begin: Option<String>,
+    /// Whether a text is encoded as if a space stood before it.
+    add_prefix_space: bool,
+}
+
+impl SpecialTokens {
+    const KEYS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+
+    fn read(folder: &ModelFolder) -> Result<Self> {
+        let config = folder.read_json(TOKENIZER_CONFIG)?.unwrap_or_default();
+        let map = folder.read_json(SPECIAL_TOKENS)?.unwrap_or_default();
+        let token = |key: &str| [&config, &map].into_iter().find_map(|json| added_token(json.get(key)?));
+        let flag = |key: &str, default| config.get(key).and_then(Value::as_bool).unwrap_or(default);
+        let mut tokens: Vec<AddedToken> = Vec::new();
+        for token in Self::KEYS.into_iter().filter_map(token) {
+            if tokens.iter().all(|other| other.content != token.content) {
+                tokens.push(token);
+            }
+        }
+        // OPT's class is GPT-2's, which adds the token only where `add_bos_token` says so.
+        let begin = if flag("add_bos_token", false) { token("bos_token").map(|token| token.content) } else { None };
+        Ok(Self { tokens, begin, add_prefix_space: flag("add_prefix_space", false) })
+    }
+}
+
+/// A special token, written as a text or as an object with its `content`.
+fn added_token(json: &Value) -> Option<AddedToken> {
+    let flag = |key: &str, default| json.get(key).and_then(Value::as_bool).unwrap_or(default);
+    let content = json.as_str().or_else(|| json.get("content")?.as_str())?;
+    let token = AddedToken::from(content, true).lstrip(flag("lstrip", false)).rstrip(flag("rstrip", false));
+    Some(token.single_word(flag("single_word", false)).normalized(flag("normalized", false)))
+}
+
+/// GPT-2's tokenizer from its two files, as Transformers converts it (`GPT2Converter` in
+/// convert_slow_tokenizer.py).
+fn byte_level_bpe(folder: &ModelFolder, special: &SpecialTokens) -> Result<Tokenizer> {
+    let missing = |file: &str| Error::MissingFile {
+        file: folder.file(file),
+        hint: format!(
+            "fetch the model's {TOKENIZER}, or its {VOCABULARY} and {MERGES}, or give token ids instead of text"
+        ),
+    };
+    let vocabulary = match (folder.read(VOCABULARY)?, folder.has(MERGES)) {
+        (Some(vocabulary), _) => vocabulary,
+        (None, true) => return Err(missing(VOCABULARY)),
+        (None, false) => return Err(missing(TOKENIZER)),
+    };
+    let vocabulary: Value = serde_json::from_slice(&vocabulary)
+        .map_err(|error| folder.problem(VOCABULARY, format!("is not JSON: {error}")))?;
+    let merges = folder.read(MERGES)?.ok_or_else(|| missing(MERGES))?;
+    let merges = std::str::from_utf8(&merges).map_err(|_| folder.problem(MERGES, "is not UTF-8".to_string()))?;
+    let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty()).collect();
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": special.add_prefix_space, "trim_offsets": true, "use_regex": true,
+    });
+    let begin = special.begin.as_ref().map(|begin| match vocabulary.get(begin) {
+        Some(id) => Ok(json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {begin: {"id": begin, "ids": [id], "tokens": [begin]}},
+        })),
+        None => Err(folder.problem(VOCABULARY, format!("has no token `{begin}`, with which texts begin"))),
+    });
+    // Written as the tokenizer.json that these files stand for.
+    let tokenizer = json!({
+        "version": "1.0",
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "post_processor": begin.transpose()?,
+    });
+    serde_json::from_value(tokenizer)
+        .map_err(|error| folder.problem(MERGES, format!("does not make a tokenizer with {VOCABULARY}: {error}")))
+}
+
+fn not_a_tokenizer(folder: &ModelFolder, file: &str, error: tokenizers::Error) -> Error {
+    folder.problem(file, format!("is not a tokenizer: {error}"))
 }
 
 /// Turns ids into text as they come, and never gives half a character: a byte-level token may hold

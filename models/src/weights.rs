@@ -2,11 +2,13 @@
 
 use std::cell::RefCell;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::{LayerNorm, Linear, Module};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::{LayerNorm, Module};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use int8_ops::{HalfLinear, Int8Linear, Int8Matrix, MAX_CODE, OUTLIER_THRESHOLD, half_matmul, int8_matmul};
+use int8_ops::{
+    HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE, OUTLIER_THRESHOLD, half_matmul, int8_matmul,
+};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
@@ -185,7 +187,7 @@ impl<'a> Weights<'a> {
     }
 
     /// A linear layer: `weight` (out, in) and, if `bias`, `bias` (out).
-    pub(crate) fn linear(&self, inputs: usize, outputs: usize, bias: bool) -> Result<Box<dyn Module + Send + Sync>> {
+    pub(crate) fn linear(&self, inputs: usize, outputs: usize, bias: bool) -> Result<Linear> {
         self.loader.linear_names.borrow_mut().push(self.module().to_string());
         let weight = self.tensor("weight", &[outputs, inputs])?;
         let bias = bias.then(|| self.vector("bias", outputs)).transpose()?;
@@ -194,22 +196,49 @@ impl<'a> Weights<'a> {
             Precision::Int8(options) if !skipped(options) => {
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
-                Box::new(Int8Linear::new(matrix, bias, options.threshold)?)
+                Linear::Int8(Int8Linear::new(matrix, bias, options.threshold)?)
             }
-            Precision::F32 => Box::new(Linear::new(self.float_matrix(&weight, DType::F32)?, bias)),
-            precision => Box::new(HalfLinear::new(self.float_matrix(&weight, half_dtype(precision, &weight))?, bias)?),
+            Precision::F32 => Linear::Float(candle_nn::Linear::new(self.float_matrix(&weight, DType::F32)?, bias)),
+            precision => {
+                let weight = self.float_matrix(&weight, half_dtype(precision, &weight))?;
+                Linear::Half(HalfLinear::new(weight, bias)?)
+            }
+        })
+    }
+
+    /// Linear layers of this module, each (out, in), that take the same input: their outputs come
+    /// side by side, and int8 layers quantise the input once.
+    pub(crate) fn linears(&self, names: &[&str], inputs: usize, outputs: usize, bias: bool) -> Result<Linears> {
+        let layers =
+            names.iter().map(|name| self.pp(name).linear(inputs, outputs, bias)).collect::<Result<Vec<_>>>()?;
+        let int8 = layers.iter().map(|layer| match layer {
+            Linear::Int8(layer) => Some(layer.clone()),
+            _ => None,
+        });
+        Ok(match int8.collect::<Option<Vec<_>>>() {
+            Some(layers) => Linears::Int8(Int8LinearGroup::new(layers)?),
+            None => Linears::Apart(layers),
         })
     }
 
     /// An embedding: `weight` (rows, width).
     pub(crate) fn embedding(&self, rows: usize, width: usize) -> Result<Embedding> {
-        let weight = self.tensor("weight", &[rows, width])?;
-        Ok(match self.loader.precision {
+        match self.loader.precision {
             Precision::Int8(options) if options.head => {
+                let weight = self.tensor("weight", &[rows, width])?;
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
-                Embedding::Int8 { matrix, threshold: options.threshold }
+                Ok(Embedding::Int8 { matrix, threshold: options.threshold })
             }
+            _ => self.table(rows, width),
+        }
+    }
+
+    /// A table (rows, width) of vectors that are only looked up, such as positions: in 16 bits beside
+    /// int8 layers.
+    pub(crate) fn table(&self, rows: usize, width: usize) -> Result<Embedding> {
+        let weight = self.tensor("weight", &[rows, width])?;
+        Ok(match self.loader.precision {
             Precision::F32 => Embedding::Float(self.float_matrix(&weight, DType::F32)?),
             precision => Embedding::Half(self.float_matrix(&weight, half_dtype(precision, &weight))?),
         })
@@ -344,6 +373,43 @@ fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
     }
 }
 
+/// A linear layer in the precision it was loaded in.
+#[derive(Debug)]
+pub(crate) enum Linear {
+    Float(candle_nn::Linear),
+    Half(HalfLinear),
+    Int8(Int8Linear),
+}
+
+impl Module for Linear {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Float(layer) => layer.forward(x),
+            Self::Half(layer) => layer.forward(x),
+            Self::Int8(layer) => layer.forward(x),
+        }
+    }
+}
+
+/// Linear layers that take the same input; their outputs come side by side.
+#[derive(Debug)]
+pub(crate) enum Linears {
+    Int8(Int8LinearGroup),
+    Apart(Vec<Linear>),
+}
+
+impl Module for Linears {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Int8(layers) => layers.forward(x),
+            Self::Apart(layers) => {
+                let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<candle_core::Result<Vec<_>>>()?;
+                Tensor::cat(&outputs, D::Minus1)
+            }
+        }
+    }
+}
+
 /// The token embedding (vocabulary, width), which is the head too where the two are tied.
 #[derive(Debug)]
 pub(crate) enum Embedding {
@@ -368,7 +434,7 @@ impl Embedding {
     /// The logits (.., vocabulary) of hidden states (.., width): their products with every row.
     pub(crate) fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Self::Float(table) => Linear::new(table.clone(), None).forward(hidden),
+            Self::Float(table) => candle_nn::Linear::new(table.clone(), None).forward(hidden),
             Self::Half(table) => half_matmul(hidden, table, None),
             Self::Int8 { matrix, threshold } => int8_matmul(hidden, matrix, None, *threshold),
         }

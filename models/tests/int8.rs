@@ -12,13 +12,15 @@ use support::*;
 /// columns), and its CPU path multiplies by a constant that is 1.8e-5 too large.
 const LAYER_TOLERANCE: f32 = 1.5e-3;
 
-const BLOOMS: [&str; 2] = ["tiny-bloom", "tiny-bloom-outliers"];
+const MODELS: [&str; 4] = ["tiny-bloom", "tiny-bloom-outliers", "tiny-opt", "tiny-opt-outliers"];
 
-/// The layer that `int8_bnb` looks at: `h.1.self_attention.query_key_value`.
+/// The layer that `int8_bnb` looks at.
 fn layer_of(name: &str) -> (Tensor, Tensor) {
     let file = model(name).join("model.safetensors");
     let weights = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
-    let tensor = |part: &str| weights[&format!("h.1.self_attention.query_key_value.{part}")].clone();
+    let layer = json(format!("golden/{name}/int8_bnb.json"))["layer"].as_str().unwrap().to_string();
+    let layer = layer.trim_start_matches("transformer.");
+    let tensor = |part: &str| weights[&format!("{layer}.{part}")].clone();
     (tensor("weight"), tensor("bias"))
 }
 
@@ -28,7 +30,7 @@ fn signed(codes: &Tensor) -> Vec<i8> {
 
 #[test]
 fn weight_codes_are_those_of_bitsandbytes() {
-    for name in BLOOMS {
+    for name in MODELS {
         let file = format!("golden/{name}/int8_bnb.safetensors");
         let matrix = Int8Matrix::quantize(&layer_of(name).0).unwrap();
         let absmax = tensors(&file)["layer.SCB_f32"].to_vec1::<f32>().unwrap();
@@ -45,7 +47,7 @@ fn weight_codes_are_those_of_bitsandbytes() {
 
 #[test]
 fn activation_codes_and_outlier_columns_are_those_of_bitsandbytes() {
-    for name in BLOOMS {
+    for name in MODELS {
         let file = format!("golden/{name}/int8_bnb.safetensors");
         let bnb = tensors(&file);
         let x = &bnb["layer.x_f16"];
@@ -63,7 +65,7 @@ fn activation_codes_and_outlier_columns_are_those_of_bitsandbytes() {
 
 #[test]
 fn a_layer_s_output_is_that_of_bitsandbytes() {
-    for name in BLOOMS {
+    for name in MODELS {
         let bnb = tensors(format!("golden/{name}/int8_bnb.safetensors"));
         let (weight, bias) = layer_of(name);
         let weight = Int8Matrix::quantize(&weight).unwrap();
@@ -79,10 +81,10 @@ fn a_layer_s_output_is_that_of_bitsandbytes() {
 
 #[test]
 fn the_whole_model_at_int8_is_that_of_bitsandbytes() {
-    for name in BLOOMS {
+    for name in MODELS {
         let loaded = load_model(name, int8(Some(OUTLIER_THRESHOLD)));
         let bnb = tensors(format!("golden/{name}/int8_bnb.safetensors"));
-        let prompt = ids(&json("golden/tiny-bloom/golden.json")["prompts"][4]["ids"]);
+        let prompt = ids(&json(format!("golden/{name}/golden.json"))["prompts"][4]["ids"]);
         let found = logits(loaded.model.as_ref(), &prompt).narrow(0, prompt.len() - 8, 8).unwrap();
         let error = relative_error(&found, &bnb["model.t6.logits_last8"]);
         println!("{name}: {error}");
@@ -92,25 +94,33 @@ fn the_whole_model_at_int8_is_that_of_bitsandbytes() {
 
 #[test]
 fn a_checkpoint_saved_by_bitsandbytes_gives_its_logits() {
-    let reference = tensors("bnb/bloom/reference.safetensors");
-    let input_ids = reference["input_ids"].to_dtype(DType::U32).unwrap();
-    for (folder, threshold) in [("bnb_int8", 6.0), ("bnb_int8", 0.0), ("hf_fp16", 6.0), ("hf_fp16", 0.0)] {
+    let forms = [("bnb_int8", 6.0), ("bnb_int8", 0.0), ("hf_fp16", 6.0), ("hf_fp16", 0.0)];
+    for (family, (folder, threshold)) in
+        ["bloom", "opt"].into_iter().flat_map(|family| forms.map(|form| (family, form)))
+    {
+        let reference = tensors(format!("bnb/{family}/reference.safetensors"));
+        let input_ids = reference["input_ids"].to_dtype(DType::U32).unwrap();
         let precision = int8((threshold > 0.0).then_some(threshold));
-        let model = load_model(&format!("bnb/bloom/{folder}"), precision).model;
+        let model = load_model(&format!("bnb/{family}/{folder}"), precision).model;
         let found = model.forward(&input_ids, &mut KvCache::new(model.num_layers())).unwrap();
         let wanted = &reference[&format!("logits_int8_thr{threshold}_float32")];
         let (apart, exact) = (rms_error(&found, wanted), rms_error(wanted, &reference["logits_fp32"]));
-        println!("{folder} {threshold}: {apart} apart, reference {exact} from f32");
-        assert!(apart < exact / 2.0, "{folder}, threshold {threshold}: {apart} apart, {exact} from f32");
+        println!("{family} {folder} {threshold}: {apart} apart, reference {exact} from f32");
+        assert!(apart < exact / 2.0, "{family} {folder}, threshold {threshold}: {apart} apart, {exact} from f32");
     }
 }
 
 #[test]
 fn perplexity_at_int8_is_that_of_the_reference_schemes() {
-    for name in BLOOMS {
-        let ids =
-            text_codec("tiny-bloom").encode_plain(&std::fs::read_to_string(fixtures().join("heldout.txt")).unwrap());
-        let ids = ids.unwrap();
+    let text = std::fs::read_to_string(fixtures().join("heldout.txt")).unwrap();
+    for name in MODELS {
+        let parent = name.trim_end_matches("-outliers");
+        let ids = text_codec(parent).encode_plain(&text).unwrap();
+        // Every window of 256 tokens predicts 255; OPT's begin with </s>.
+        let windows: Vec<Vec<u32>> = match parent {
+            "tiny-opt" => ids.chunks_exact(255).map(|ids| [&[2], ids].concat()).collect(),
+            _ => ids.chunks_exact(256).map(<[u32]>::to_vec).collect(),
+        };
         let reference = json(format!("golden/{name}/perplexity.json"));
         assert_eq!(reference["text_tokens"], ids.len());
         let wanted = |scheme: &str| reference["perplexity"][scheme].as_f64().unwrap();
@@ -121,14 +131,14 @@ fn perplexity_at_int8_is_that_of_the_reference_schemes() {
             ("int8, threshold 0", int8(None), "vectorwise", 5e-3),
         ];
         for (label, precision, scheme, tolerance) in cases {
-            let found = perplexity(load_model(name, precision).model.as_ref(), &ids, 256);
+            let found = perplexity(load_model(name, precision).model.as_ref(), &windows);
             let (wanted, f32) = (wanted(scheme), wanted("fp32"));
             println!(
                 "{name} {label}: {found:.4} ({scheme} {wanted:.4}; {:+.2} % from f32)",
                 (found / f32 - 1.0) * 100.0
             );
             assert!((found / wanted - 1.0).abs() <= tolerance, "{name} {label}: {found}, {scheme} {wanted}");
-            if label == "int8" && name == "tiny-bloom" {
+            if label == "int8" && name == parent {
                 assert!((found / f32 - 1.0).abs() <= 1e-3, "{name} {label}: {found}, f32 {f32}");
             }
         }

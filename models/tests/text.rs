@@ -4,24 +4,32 @@ mod support;
 
 use support::*;
 
+/// One with tokenizer.json, one with vocab.json and merges.txt.
+const MODELS: [&str; 2] = ["tiny-bloom", "tiny-opt"];
+
 #[test]
 fn every_string_has_the_reference_s_ids_and_comes_back() {
-    let text = text_codec("tiny-bloom");
-    let cases = json("golden/tiny-bloom/tokenizer_cases.json");
-    let cases = cases["cases"].as_array().unwrap();
-    assert_eq!(cases.len(), 83);
-    for case in cases {
-        let string = case["text"].as_str().unwrap();
-        assert_eq!(text.encode(string).unwrap(), ids(&case["ids"]), "{string:?}");
-        assert_eq!(text.encode_plain(string).unwrap(), ids(&case["ids_no_special"]), "{string:?}");
-        assert_eq!(text.decode(&ids(&case["ids"])).unwrap(), case["decoded_skip_special"], "{string:?}");
+    for name in MODELS {
+        let text = text_codec(name);
+        let cases = json(format!("golden/{name}/tokenizer_cases.json"));
+        let cases = cases["cases"].as_array().unwrap();
+        assert_eq!(cases.len(), 83);
+        for case in cases {
+            let string = case["text"].as_str().unwrap();
+            assert_eq!(text.encode(string).unwrap(), ids(&case["ids"]), "{name} {string:?}");
+            assert_eq!(text.encode_plain(string).unwrap(), ids(&case["ids_no_special"]), "{name} {string:?}");
+            assert_eq!(text.decode(&ids(&case["ids"])).unwrap(), case["decoded_skip_special"], "{name} {string:?}");
+        }
     }
 }
 
 #[test]
 fn streamed_text_is_the_whole_text_and_never_half_a_character() {
-    let text = text_codec("tiny-bloom");
-    for case in json("golden/tiny-bloom/tokenizer_cases.json")["cases"].as_array().unwrap() {
+    for (name, case) in MODELS.into_iter().flat_map(|name| {
+        let cases = json(format!("golden/{name}/tokenizer_cases.json"))["cases"].take();
+        cases.as_array().unwrap().clone().into_iter().map(move |case| (name, case))
+    }) {
+        let text = text_codec(name);
         let mut stream = text.stream();
         let mut streamed = String::new();
         for id in ids(&case["ids"]) {

@@ -96,30 +96,6 @@ impl safetensors::View for Stored {
     }
 }
 
-/// Writes a copy of a fixture whose tensors' names begin with `prefix`, in as many shards.
-pub fn reshard(name: &str, prefix: &str, shards: usize) -> PathBuf {
-    let folder = scratch(&format!("{name}-{prefix}{shards}"));
-    let weights = fs::read(fixtures().join(name).join("model.safetensors")).unwrap();
-    let weights = SafeTensors::deserialize(&weights).unwrap();
-    let file = |shard: usize| match shards {
-        1 => "model.safetensors".to_string(),
-        _ => format!("model-{:05}-of-{shards:05}.safetensors", shard + 1),
-    };
-    let mut weight_map = serde_json::Map::new();
-    for shard in 0..shards {
-        let part: Vec<_> = weights.tensors().into_iter().skip(shard).step_by(shards).collect();
-        let part: Vec<_> = part.into_iter().map(|(name, view)| (format!("{prefix}{name}"), view)).collect();
-        weight_map.extend(part.iter().map(|(name, _)| (name.clone(), file(shard).into())));
-        safetensors::serialize_to_file(part, None, &folder.join(file(shard))).unwrap();
-    }
-    if shards > 1 {
-        let index = serde_json::json!({ "metadata": {}, "weight_map": weight_map });
-        fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    }
-    fs::copy(fixtures().join(name).join("config.json"), folder.join("config.json")).unwrap();
-    folder
-}
-
 /// A copy of a fixture to break: the files of `name` in a folder of their own.
 pub fn copy_of(name: &str, copy: &str) -> PathBuf {
     let folder = scratch(copy);

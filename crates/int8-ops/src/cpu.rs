@@ -23,7 +23,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 pub(crate) use activations::{Activations, Values};
-pub(crate) use product::{half_product, int8_product};
+pub(crate) use product::{OutputColumns, half_product, int8_product};
 
 use crate::MAX_CODE;
 

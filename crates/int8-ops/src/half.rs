@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use candle_nn::Module;
 
-use crate::cpu::{self, Kernels, Values};
+use crate::cpu::{self, Kernels, OutputColumns, Values};
 
 /// `x W^T + bias` for activations `x` (.., in) in f32, f16 or bf16 and a weight (out, in) in f16 or
 /// bf16; the result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out) in
@@ -23,7 +23,7 @@ pub fn half_matmul_with(
     if !matches!(weight.dtype(), DType::F16 | DType::BF16) {
         bail!("half matmul: the weight must be F16 or BF16, found {:?}", weight.dtype());
     }
-    if x.dims().last() != Some(&cols) {
+    if x.dims().last() != Some(&cols) || cols == 0 {
         bail!("half matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
     }
     if let Some(bias) = bias
@@ -52,15 +52,17 @@ impl CustomOp1 for HalfMatmul {
         let (rows, cols) = self.weight.dims2()?;
         let (weight, weight_layout) = self.weight.storage_and_layout();
         let range = weight_layout.start_offset()..weight_layout.start_offset() + rows * cols;
-        let product = match &*weight {
+        let mut product = vec![0f32; layout.shape().elem_count() / cols * rows];
+        let output = &mut OutputColumns { matrix: &mut product, width: rows, columns: 0..rows };
+        match &*weight {
             Storage::Cpu(CpuStorage::F16(weight)) => {
-                cpu::half_product(self.kernels.f16_dots, &values, &weight[range], rows, bias.as_deref())
+                cpu::half_product(self.kernels.f16_dots, &values, &weight[range], bias.as_deref(), output)
             }
             Storage::Cpu(CpuStorage::BF16(weight)) => {
-                cpu::half_product(self.kernels.bf16_dots, &values, &weight[range], rows, bias.as_deref())
+                cpu::half_product(self.kernels.bf16_dots, &values, &weight[range], bias.as_deref(), output)
             }
             _ => bail!("half matmul: activations are on the CPU, but the weight is on {:?}", self.weight.device()),
-        };
+        }
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = rows;

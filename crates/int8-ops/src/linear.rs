@@ -1,9 +1,10 @@
 //! The LLM.int8() product as a layer.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::Module;
 
-use crate::matmul::int8_matmul;
+use crate::cpu::Kernels;
+use crate::matmul::{int8_matmul, int8_matmul_with};
 use crate::matrix::Int8Matrix;
 
 /// A linear layer `y = x W^T + bias` with an int8 weight (out, in); see [`int8_matmul`].
@@ -42,5 +43,30 @@ impl Int8Linear {
 impl Module for Int8Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         int8_matmul(x, &self.weight, self.bias.as_ref(), self.threshold)
+    }
+}
+
+/// Linear layers that take the same input, such as the query, key and value projections: the input
+/// is quantised once, and the outputs come side by side, (.., sum of all out).
+#[derive(Debug, Clone)]
+pub struct Int8LinearGroup {
+    layers: Vec<Int8Linear>,
+}
+
+impl Int8LinearGroup {
+    /// Takes at least one layer; all must have the same threshold.
+    pub fn new(layers: Vec<Int8Linear>) -> Result<Self> {
+        match layers.first() {
+            Some(first) if layers.iter().all(|layer| layer.threshold == first.threshold) => Ok(Self { layers }),
+            Some(_) => bail!("int8 layers that share an input must have the same outlier threshold"),
+            None => bail!("a group of int8 layers must have at least one"),
+        }
+    }
+}
+
+impl Module for Int8LinearGroup {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let weights: Vec<_> = self.layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
+        int8_matmul_with(Kernels::active(), x, &weights, self.layers[0].threshold)
     }
 }

@@ -2,8 +2,11 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::{self, Activations, Kernels, Values};
+use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
 use crate::matrix::Int8Matrix;
+
+/// One weight (out, in) and its bias (out) in `F32`.
+pub type WeightAndBias<'a> = (&'a Int8Matrix, Option<&'a Tensor>);
 
 /// `x W^T + bias` for activations `x` (sequences, tokens, in), (tokens, in) or (in), in f32, f16 or
 /// bf16, and a quantised weight (out, in); the result (.., out) has the dtype of `x`.
@@ -12,40 +15,43 @@ use crate::matrix::Int8Matrix;
 /// dequantised weight (LLM.int8() section 3); `None` multiplies everything in int8. The bias is (out)
 /// in `F32`. For 3-D `x` every sequence has outlier columns of its own; 2-D `x` is one sequence.
 pub fn int8_matmul(x: &Tensor, weight: &Int8Matrix, bias: Option<&Tensor>, threshold: Option<f32>) -> Result<Tensor> {
-    int8_matmul_with(Kernels::active(), x, weight, bias, threshold)
+    int8_matmul_with(Kernels::active(), x, &[(weight, bias)], threshold)
 }
 
-/// [`int8_matmul`] with the CPU kernels of a given instruction set: the integer sums, and so the
-/// result, are the same for all of them.
+/// [`int8_matmul`] for several weights that multiply the same `x`, which is quantised once: the
+/// results side by side, (.., sum of all out).
+///
+/// The CPU kernels are those of a given instruction set: the integer sums, and so the result, are
+/// the same for all of them.
 pub fn int8_matmul_with(
     kernels: &'static Kernels,
     x: &Tensor,
-    weight: &Int8Matrix,
-    bias: Option<&Tensor>,
+    weights: &[WeightAndBias],
     threshold: Option<f32>,
 ) -> Result<Tensor> {
-    let (rows, cols) = weight.dims();
-    match x.dims().last() {
-        Some(&width) if width == cols && x.rank() <= 3 => {}
-        _ => bail!("int8 matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., tokens, {cols})", x.shape()),
-    }
-    if let Some(bias) = bias
-        && (bias.dims() != [rows] || bias.dtype() != DType::F32)
-    {
-        bail!("int8 matmul: the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape());
+    for (weight, bias) in weights {
+        let (rows, cols) = weight.dims();
+        match x.dims().last() {
+            Some(&width) if width == cols && x.rank() <= 3 => {}
+            _ => bail!("int8 matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., tokens, {cols})", x.shape()),
+        }
+        if let Some(bias) = bias
+            && (bias.dims() != [rows] || bias.dtype() != DType::F32)
+        {
+            bail!("int8 matmul: the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape());
+        }
     }
     if threshold.is_some_and(|threshold| threshold.is_nan() || threshold <= 0.0) {
         bail!("int8 matmul: the outlier threshold must be above 0, found {}", threshold.unwrap_or_default());
     }
-    let op = Int8Matmul { kernels, weight: weight.clone(), bias: bias.cloned(), threshold };
-    x.contiguous()?.apply_op1_no_bwd(&op)
+    let weights = weights.iter().map(|(weight, bias)| (Int8Matrix::clone(weight), bias.cloned())).collect();
+    x.contiguous()?.apply_op1_no_bwd(&Int8Matmul { kernels, weights, threshold })
 }
 
-/// The op's parameters; the weight rides here because a Candle op takes at most three tensors.
+/// The op's parameters; the weights ride here because a Candle op takes at most three tensors.
 struct Int8Matmul {
     kernels: &'static Kernels,
-    weight: Int8Matrix,
-    bias: Option<Tensor>,
+    weights: Vec<(Int8Matrix, Option<Tensor>)>,
     threshold: Option<f32>,
 }
 
@@ -57,14 +63,22 @@ impl CustomOp1 for Int8Matmul {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let values = Values::from_storage(x, layout)?;
         let activations = Activations::quantize(self.kernels, &values, self.threshold);
-        let bias = self.bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose()?;
-        let (rows, _) = self.weight.dims();
-        let product = self.weight.with_slices(|codes, scales| {
-            Ok(cpu::int8_product(self.kernels, &activations, codes, scales, bias.as_deref()))
-        })?;
+        let width = self.weights.iter().map(|(weight, _)| weight.dims().0).sum();
+        let mut product = vec![0f32; activations.scales.len() * width];
+        let mut first = 0;
+        for (weight, bias) in &self.weights {
+            let columns = first..first + weight.dims().0;
+            first = columns.end;
+            let bias = bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose()?;
+            weight.with_slices(|codes, scales| {
+                let mut output = OutputColumns { matrix: &mut product, width, columns };
+                cpu::int8_product(self.kernels, &activations, codes, scales, bias.as_deref(), &mut output);
+                Ok(())
+            })?;
+        }
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
-            *last = rows;
+            *last = width;
         }
         Ok((cpu::round_to_dtype_of(x, product), dims.into()))
     }

@@ -24,6 +24,9 @@ impl Int8Matrix {
     /// 32-bit integers.
     pub fn new(codes: Tensor, scales: Tensor) -> Result<Self> {
         let (rows, cols) = codes.dims2()?;
+        if rows == 0 || cols == 0 {
+            bail!("int8 matrix: ({rows}, {cols}) holds nothing, wanted at least one row and one column");
+        }
         if codes.dtype() != DType::U8 {
             bail!("int8 matrix: codes must be U8 (the bits of i8), found {:?}", codes.dtype());
         }

@@ -5,8 +5,8 @@ use candle_nn::Module;
 use half::f16;
 use int8_ops::cpu::Kernels;
 use int8_ops::{
-    HalfLinear, Int8Linear, Int8Matrix, OUTLIER_THRESHOLD, half_matmul_with, int8_matmul, int8_matmul_with,
-    outlier_columns, quantize_activations,
+    HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, half_matmul_with, int8_matmul,
+    int8_matmul_with, outlier_columns, quantize_activations,
 };
 use proptest::prelude::*;
 
@@ -84,7 +84,7 @@ proptest! {
         let quantized = Int8Matrix::quantize(&tensor(&weight)).unwrap();
         let bias = Tensor::new(bias, &Device::Cpu).unwrap();
         for kernels in Kernels::available() {
-            let y = int8_matmul_with(kernels, &tensor(&x), &quantized, Some(&bias), threshold).unwrap();
+            let y = int8_matmul_with(kernels, &tensor(&x), &[(&quantized, Some(&bias))], threshold).unwrap();
             prop_assert_eq!(&y.to_vec2::<f32>().unwrap(), &wanted, "{}", kernels.name);
         }
     }
@@ -181,6 +181,22 @@ fn what_shares_a_batch_with_a_sequence_does_not_change_its_result() -> Result<()
     let together = layer.forward(&batch)?;
     assert_eq!(together.get(0)?.to_vec2::<f32>()?, layer.forward(&calm)?.to_vec2::<f32>()?);
     assert_eq!(together.get(1)?.to_vec2::<f32>()?, layer.forward(&tensor(&wild))?.to_vec2::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn layers_that_share_their_input_give_what_each_gives_alone() -> Result<()> {
+    let layer = |outputs: usize, threshold| -> Result<Int8Linear> {
+        let weight = Int8Matrix::quantize(&small_values(outputs, 40)?)?;
+        Int8Linear::new(weight, Some(small_values(1, outputs)?.squeeze(0)?), threshold)
+    };
+    let layers = [3, 70, 64].map(|outputs| layer(outputs, Some(1.9)).unwrap());
+    let x = small_values(21, 40)?.reshape((3, 7, 40))?;
+    let alone: Vec<Tensor> = layers.iter().map(|layer| layer.forward(&x)).collect::<Result<_>>()?;
+    let together = Int8LinearGroup::new(layers.to_vec())?.forward(&x)?;
+    assert_eq!(together.to_vec3::<f32>()?, Tensor::cat(&alone, 2)?.to_vec3::<f32>()?);
+    assert!(Int8LinearGroup::new(vec![layer(3, None)?, layer(3, Some(6.0))?]).is_err());
+    assert!(Int8LinearGroup::new(Vec::new()).is_err());
     Ok(())
 }
 

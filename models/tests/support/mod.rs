@@ -3,10 +3,12 @@
 
 #[path = "../../../tests/support/fixtures.rs"]
 mod fixtures;
+#[path = "../../../tests/support/pytorch.rs"]
+mod pytorch;
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use int8_models::{CausalLm, Int8Options, KvCache, LoadOptions, Loaded, ModelFolder, Precision, TextCodec, load};
@@ -71,11 +73,11 @@ pub fn rms_error(found: &Tensor, wanted: &Tensor) -> f32 {
     difference.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt()
 }
 
-/// Perplexity on heldout.txt by the protocol of perplexity.json: windows of `window` tokens that do
-/// not overlap, each run alone; exp of the mean negative log-likelihood.
-pub fn perplexity(model: &dyn CausalLm, ids: &[u32], window: usize) -> f64 {
+/// Perplexity by the protocol of perplexity.json: each window of tokens is run alone; exp of the mean
+/// negative log-likelihood of all tokens but each window's first.
+pub fn perplexity(model: &dyn CausalLm, windows: &[Vec<u32>]) -> f64 {
     let (mut sum, mut count) = (0f64, 0usize);
-    for window in ids.chunks_exact(window) {
+    for window in windows {
         let logits = logits(model, &window[..window.len() - 1]);
         let log_probs = candle_nn::ops::log_softmax(&logits, 1).unwrap();
         let next = Tensor::new(&window[1..], &Device::Cpu).unwrap().unsqueeze(1).unwrap();
@@ -84,4 +86,53 @@ pub fn perplexity(model: &dyn CausalLm, ids: &[u32], window: usize) -> f64 {
         count += chosen.len();
     }
     (sum / count as f64).exp()
+}
+
+/// A form of checkpoint, in so many shards.
+#[derive(Debug, Clone, Copy)]
+pub enum Form {
+    Safetensors(usize),
+    Pytorch(usize),
+}
+
+/// Writes the model of a fixture in another form, its tensors' names under another prefix.
+pub fn reformed(name: &str, prefix: &str, form: Form) -> PathBuf {
+    let folder = scratch(&format!("{name}-{prefix}-{form:?}"));
+    let bytes = fs::read(fixtures().join(name).join("model.safetensors")).unwrap();
+    let weights = SafeTensors::deserialize(&bytes).unwrap();
+    let (stem, extension, shards) = match form {
+        Form::Safetensors(shards) => ("model", "safetensors", shards),
+        Form::Pytorch(shards) => ("pytorch_model", "bin", shards),
+    };
+    let mut weight_map = serde_json::Map::new();
+    for shard in 0..shards {
+        let file = match shards {
+            1 => format!("{stem}.{extension}"),
+            _ => format!("{stem}-{:05}-of-{shards:05}.{extension}", shard + 1),
+        };
+        let part = weights.tensors().into_iter().skip(shard).step_by(shards);
+        let renamed = part.map(|(name, view)| (format!("{prefix}{}", name.trim_start_matches("model.decoder.")), view));
+        let part: Vec<(String, TensorView)> = renamed.collect();
+        weight_map.extend(part.iter().map(|(name, _)| (name.clone(), file.clone().into())));
+        match form {
+            Form::Safetensors(_) => safetensors::serialize_to_file(part, None, &folder.join(file)).unwrap(),
+            Form::Pytorch(_) => write_pytorch(&folder.join(file), &part),
+        }
+    }
+    if shards > 1 {
+        let index = serde_json::json!({ "metadata": {}, "weight_map": weight_map });
+        fs::write(folder.join(format!("{stem}.{extension}.index.json")), index.to_string()).unwrap();
+    }
+    fs::copy(fixtures().join(name).join("config.json"), folder.join("config.json")).unwrap();
+    folder
+}
+
+fn write_pytorch(file: &Path, tensors: &[(String, TensorView)]) {
+    let (mut pickled, mut storages) = (Vec::new(), Vec::new());
+    for (key, (name, view)) in tensors.iter().enumerate() {
+        assert_eq!(view.dtype(), Dtype::F16);
+        pickled.push(pytorch::Pickled::whole(name, "HalfStorage", &key.to_string(), view.shape()));
+        storages.push((key.to_string(), view.data().to_vec()));
+    }
+    pytorch::write_archive(file, &pytorch::pickle(&pickled), &storages);
 }

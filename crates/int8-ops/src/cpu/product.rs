@@ -12,7 +12,14 @@ const ROWS_PER_BLOCK: usize = 64;
 /// Tokens whose sums are on the stack at a time.
 const TOKENS_PER_BLOCK: usize = 16;
 
-/// Steps 4 to 6 of LLM.int8(): (tokens, weight rows) in f32 from activations (tokens, cols), weight
+/// The columns of a result (tokens, width) in f32 that one weight fills.
+pub(crate) struct OutputColumns<'a> {
+    pub(crate) matrix: &'a mut [f32],
+    pub(crate) width: usize,
+    pub(crate) columns: Range<usize>,
+}
+
+/// Steps 4 to 6 of LLM.int8(): output (tokens, weight rows) from activations (tokens, cols), weight
 /// codes (weight rows, cols) and scales (weight rows), and a bias (weight rows).
 ///
 /// `y = weight_scale * (x_scale * Σ codes * codes + Σ_outlier columns x * code) + bias`: the weight's
@@ -24,8 +31,9 @@ pub(crate) fn int8_product(
     weight: &[i8],
     weight_scales: &[f32],
     bias: Option<&[f32]>,
-) -> Vec<f32> {
-    fill_column_blocks(x.scales.len(), weight_scales.len(), |rows, outputs| {
+    output: &mut OutputColumns,
+) {
+    output.fill_in_blocks(|rows, outputs| {
         let weight = &weight[rows.start * x.cols..rows.end * x.cols];
         let weight_scales = &weight_scales[rows.clone()];
         let bias = bias.map(|bias| &bias[rows]);
@@ -58,17 +66,16 @@ pub(crate) fn int8_product(
     })
 }
 
-/// (tokens, weight rows) in f32 from float activations and a 16-bit weight (weight rows, cols).
+/// Output (tokens, weight rows) from float activations and a 16-bit weight (weight rows, cols).
 pub(crate) fn half_product<T: Sync>(
     dots: HalfDots<T>,
     x: &Values,
     weight: &[T],
-    weight_rows: usize,
     bias: Option<&[f32]>,
-) -> Vec<f32> {
+    output: &mut OutputColumns,
+) {
     let cols = x.cols;
-    let tokens = x.values.len().checked_div(cols).unwrap_or_default();
-    fill_column_blocks(tokens, weight_rows, |rows, outputs| {
+    output.fill_in_blocks(|rows, outputs| {
         let weight = &weight[rows.start * cols..rows.end * cols];
         let mut sums = [0f32; TOKENS_PER_BLOCK * ROWS_PER_BLOCK];
         for (block, outputs) in outputs.chunks_mut(TOKENS_PER_BLOCK).enumerate() {
@@ -90,24 +97,19 @@ fn gather_columns(weight: &[i8], cols: usize, columns: &[u32]) -> Vec<f32> {
     columns.iter().flat_map(|&column| weight.chunks(cols).map(move |row| f32::from(row[column as usize]))).collect()
 }
 
-/// A matrix (rows, cols) that `fill(columns, block)` writes in blocks of columns from several
-/// threads, where `block[row]` is that row's part in those columns.
-fn fill_column_blocks(rows: usize, cols: usize, fill: impl Fn(Range<usize>, &mut [&mut [f32]]) + Sync) -> Vec<f32> {
-    let mut matrix = vec![0f32; rows * cols];
-    if matrix.is_empty() {
-        return matrix;
-    }
-    let mut blocks: Vec<Vec<&mut [f32]>> = Vec::new();
-    blocks.resize_with(cols.div_ceil(ROWS_PER_BLOCK), || Vec::with_capacity(rows));
-    for row in matrix.chunks_mut(cols) {
-        for (block, part) in blocks.iter_mut().zip(row.chunks_mut(ROWS_PER_BLOCK)) {
-            block.push(part);
+impl OutputColumns<'_> {
+    /// Has `fill(rows, block)` write the output in blocks of weight rows, from several threads;
+    /// `block[token]` is that token's part.
+    fn fill_in_blocks(&mut self, fill: impl Fn(Range<usize>, &mut [&mut [f32]]) + Sync) {
+        let mut blocks: Vec<Vec<&mut [f32]>> = Vec::new();
+        blocks.resize_with(self.columns.len().div_ceil(ROWS_PER_BLOCK), Vec::new);
+        for row in self.matrix.chunks_mut(self.width) {
+            let parts = row[self.columns.clone()].chunks_mut(ROWS_PER_BLOCK);
+            blocks.iter_mut().zip(parts).for_each(|(block, part)| block.push(part));
         }
+        blocks.par_iter_mut().enumerate().filter(|(_, block)| !block.is_empty()).for_each(|(index, block)| {
+            let first = index * ROWS_PER_BLOCK;
+            fill(first..first + block[0].len(), block);
+        });
     }
-    blocks.par_iter_mut().enumerate().for_each(|(index, block)| {
-        let first = index * ROWS_PER_BLOCK;
-        fill(first..first + block[0].len(), block);
-    });
-    drop(blocks);
-    matrix
 }

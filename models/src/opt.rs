@@ -1,0 +1,277 @@
+//! OPT (Zhang et al. 2022, arXiv 2205.01068) and Galactica (arXiv 2211.09085), from config to logits;
+//! the reference is transformers/models/opt/modeling_opt.py.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{LayerNorm, Module};
+
+use crate::attention::{AttentionBias, KvCache, LayerCache, attend};
+use crate::causal_lm::CausalLm;
+use crate::config::Config;
+use crate::error;
+use crate::weights::{Embedding, Linear, Linears, Loader, Weights};
+
+/// The position table's first row that belongs to a position; the ones before it are for padding.
+const POSITION_OFFSET: usize = 2;
+
+/// What `torch.nn.LayerNorm` uses; configs do not say.
+const LAYER_NORM_EPSILON: f64 = 1e-5;
+
+/// What config.json says of the model.
+struct Shape {
+    vocab_size: usize,
+    hidden_size: usize,
+    /// Width of the embedding and the head; projected to the hidden size where it is another.
+    word_embed_proj_dim: usize,
+    ffn_dim: usize,
+    num_layers: usize,
+    num_heads: usize,
+    max_positions: usize,
+    activation: Activation,
+    /// Norms come before attention and the MLP, not after their residuals.
+    do_layer_norm_before: bool,
+    /// Whether a norm follows the last block.
+    final_layer_norm: bool,
+    /// Whether the linear layers of the blocks have biases.
+    enable_bias: bool,
+    /// Whether norms have weights and biases.
+    layer_norm_affine: bool,
+    tie_word_embeddings: bool,
+}
+
+impl Shape {
+    fn read(config: &Config) -> error::Result<Self> {
+        let hidden_size = config.size(&["hidden_size"])?;
+        let do_layer_norm_before = config.flag("do_layer_norm_before", true)?;
+        let shape = Self {
+            vocab_size: config.size(&["vocab_size"])?,
+            hidden_size,
+            word_embed_proj_dim: config.size_or("word_embed_proj_dim", hidden_size)?,
+            ffn_dim: config.size(&["ffn_dim"])?,
+            num_layers: config.size(&["num_hidden_layers"])?,
+            num_heads: config.size(&["num_attention_heads"])?,
+            max_positions: config.size(&["max_position_embeddings"])?,
+            activation: Activation::read(config)?,
+            do_layer_norm_before,
+            final_layer_norm: do_layer_norm_before && !config.flag("_remove_final_layer_norm", false)?,
+            enable_bias: config.flag("enable_bias", true)?,
+            layer_norm_affine: config.flag("layer_norm_elementwise_affine", true)?,
+            tie_word_embeddings: config.flag("tie_word_embeddings", true)?,
+        };
+        if !hidden_size.is_multiple_of(shape.num_heads) {
+            let heads = shape.num_heads;
+            return Err(config.problem(format!("hidden size {hidden_size} is not a multiple of {heads} heads")));
+        }
+        Ok(shape)
+    }
+
+    fn layer_norm(&self, weights: &Weights) -> error::Result<LayerNorm> {
+        let width = self.hidden_size;
+        if self.layer_norm_affine {
+            return weights.layer_norm(width, LAYER_NORM_EPSILON);
+        }
+        let (ones, zeros) =
+            (Tensor::ones(width, DType::F32, &Device::Cpu)?, Tensor::zeros(width, DType::F32, &Device::Cpu)?);
+        Ok(LayerNorm::new(ones, zeros, LAYER_NORM_EPSILON))
+    }
+}
+
+/// What comes between the two layers of the MLP.
+#[derive(Debug, Clone, Copy)]
+enum Activation {
+    Relu,
+    /// The exact form, by the error function.
+    Gelu,
+    /// The form by tanh.
+    GeluTanh,
+}
+
+impl Activation {
+    fn read(config: &Config) -> error::Result<Self> {
+        let name = config.choice("activation_function", &["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])?;
+        Ok(match name {
+            "relu" => Self::Relu,
+            "gelu" => Self::Gelu,
+            _ => Self::GeluTanh,
+        })
+    }
+
+    fn forward(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Relu => x.relu(),
+            Self::Gelu => x.gelu_erf(),
+            Self::GeluTanh => x.gelu(),
+        }
+    }
+}
+
+/// The model; fields bear the checkpoint's names.
+pub(crate) struct Opt {
+    embed_tokens: Embedding,
+    embed_positions: Embedding,
+    project_in: Option<Linear>,
+    layers: Vec<Block>,
+    final_layer_norm: Option<LayerNorm>,
+    project_out: Option<Linear>,
+    /// None: the head is the embedding.
+    lm_head: Option<Embedding>,
+    vocab_size: usize,
+    max_positions: usize,
+}
+
+impl Opt {
+    pub(crate) const MODEL_TYPE: &str = "opt";
+
+    pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
+        let shape = Shape::read(config)?;
+        let weights = loader.weights(&["model.decoder.", "decoder.", ""], "embed_tokens.weight")?;
+        let (hidden, width) = (shape.hidden_size, shape.word_embed_proj_dim);
+        let projection = |name: &str, inputs, outputs| match inputs == outputs {
+            true => Ok(None),
+            false => weights.pp(name).linear(inputs, outputs, false).map(Some),
+        };
+        let lm_head = || loader.weights(&["lm_head."], "weight")?.embedding(shape.vocab_size, width);
+        Ok(Self {
+            embed_tokens: weights.pp("embed_tokens").embedding(shape.vocab_size, width)?,
+            embed_positions: weights.pp("embed_positions").table(shape.max_positions + POSITION_OFFSET, hidden)?,
+            project_in: projection("project_in", width, hidden)?,
+            layers: (0..shape.num_layers)
+                .map(|index| Block::load(&shape, &weights.pp("layers").pp(index)))
+                .collect::<error::Result<_>>()?,
+            final_layer_norm: match shape.final_layer_norm {
+                true => Some(shape.layer_norm(&weights.pp("final_layer_norm"))?),
+                false => None,
+            },
+            project_out: projection("project_out", hidden, width)?,
+            lm_head: if shape.tie_word_embeddings { None } else { Some(lm_head()?) },
+            vocab_size: shape.vocab_size,
+            max_positions: shape.max_positions,
+        })
+    }
+}
+
+impl CausalLm for Opt {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn max_positions(&self) -> Option<usize> {
+        Some(self.max_positions)
+    }
+
+    fn embed(&self, tokens: &Tensor, past: usize) -> Result<Tensor> {
+        let (_, new) = tokens.dims2()?;
+        if past + new > self.max_positions {
+            candle_core::bail!("{} tokens, but the model has only {} positions", past + new, self.max_positions);
+        }
+        let mut hidden = self.embed_tokens.lookup(tokens)?;
+        if let Some(project_in) = &self.project_in {
+            hidden = project_in.forward(&hidden)?;
+        }
+        let first = (past + POSITION_OFFSET) as u32;
+        let positions = Tensor::arange(first, first + new as u32, &Device::Cpu)?;
+        hidden.broadcast_add(&self.embed_positions.lookup(&positions)?)
+    }
+
+    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias> {
+        AttentionBias::new(None, tokens, past)
+    }
+
+    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor> {
+        self.layers[index].forward(hidden, bias, cache.layer(index))
+    }
+
+    fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
+        match &self.final_layer_norm {
+            Some(norm) => norm.forward(hidden),
+            None => Ok(hidden.clone()),
+        }
+    }
+
+    fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        match &self.project_out {
+            Some(project_out) => head.logits(&project_out.forward(hidden)?),
+            None => head.logits(hidden),
+        }
+    }
+}
+
+struct Block {
+    self_attn: Attention,
+    self_attn_layer_norm: LayerNorm,
+    fc1: Linear,
+    activation: Activation,
+    fc2: Linear,
+    final_layer_norm: LayerNorm,
+    do_layer_norm_before: bool,
+}
+
+impl Block {
+    fn load(shape: &Shape, weights: &Weights) -> error::Result<Self> {
+        let (hidden, ffn) = (shape.hidden_size, shape.ffn_dim);
+        Ok(Self {
+            self_attn: Attention::load(shape, &weights.pp("self_attn"))?,
+            self_attn_layer_norm: shape.layer_norm(&weights.pp("self_attn_layer_norm"))?,
+            fc1: weights.pp("fc1").linear(hidden, ffn, shape.enable_bias)?,
+            activation: shape.activation,
+            fc2: weights.pp("fc2").linear(ffn, hidden, shape.enable_bias)?,
+            final_layer_norm: shape.layer_norm(&weights.pp("final_layer_norm"))?,
+            do_layer_norm_before: shape.do_layer_norm_before,
+        })
+    }
+
+    /// (batch, tokens, hidden) to the same.
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
+        let attention = |x: &Tensor| self.self_attn.forward(x, bias, cache);
+        let hidden = self.with_residual(hidden, &self.self_attn_layer_norm, attention)?;
+        let mlp = |x: &Tensor| self.fc2.forward(&self.activation.forward(&self.fc1.forward(x)?)?);
+        self.with_residual(&hidden, &self.final_layer_norm, mlp)
+    }
+
+    /// `hidden + part(norm(hidden))`, or `norm(hidden + part(hidden))` where norms come after.
+    fn with_residual(
+        &self,
+        hidden: &Tensor,
+        norm: &LayerNorm,
+        part: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if self.do_layer_norm_before {
+            hidden + part(&norm.forward(hidden)?)?
+        } else {
+            norm.forward(&(hidden + part(hidden)?)?)
+        }
+    }
+}
+
+struct Attention {
+    /// `q_proj`, `k_proj` and `v_proj`.
+    projections: Linears,
+    out_proj: Linear,
+    num_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn load(shape: &Shape, weights: &Weights) -> error::Result<Self> {
+        let hidden = shape.hidden_size;
+        Ok(Self {
+            projections: weights.linears(&["q_proj", "k_proj", "v_proj"], hidden, hidden, shape.enable_bias)?,
+            out_proj: weights.pp("out_proj").linear(hidden, hidden, shape.enable_bias)?,
+            num_heads: shape.num_heads,
+            head_dim: hidden / shape.num_heads,
+        })
+    }
+
+    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
+        let (batch, tokens, _) = hidden.dims3()?;
+        let projected = self.projections.forward(hidden)?;
+        let projected = projected.reshape((batch, tokens, 3, self.num_heads, self.head_dim))?;
+        // (batch, heads, tokens, head_dim)
+        let part = |index| projected.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
+        self.out_proj.forward(&attend(&part(0)?, &part(1)?, &part(2)?, bias, cache)?)
+    }
+}
