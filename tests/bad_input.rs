@@ -4,13 +4,16 @@
 mod fixtures;
 #[path = "support/program.rs"]
 mod program;
+#[path = "support/pytorch.rs"]
+mod pytorch;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fixtures::*;
 use program::*;
+use pytorch::{Pickled, pickle, write_archive};
 use safetensors::Dtype;
 
 /// A small model without a tokenizer: BLOOM, hidden 32, 2 layers, one f32 file, a separate head.
@@ -42,7 +45,7 @@ fn a_config_that_is_missing_or_not_json() {
 }
 
 /// A copy whose config.json has another value under `key`.
-fn with_config(copy: &str, key: &str, value: serde_json::Value) -> std::path::PathBuf {
+fn with_config(copy: &str, key: &str, value: serde_json::Value) -> PathBuf {
     let folder = copy_of(SMALL, copy);
     let mut config = json(Path::new(SMALL).join("config.json"));
     config[key] = value;
@@ -53,7 +56,7 @@ fn with_config(copy: &str, key: &str, value: serde_json::Value) -> std::path::Pa
 #[test]
 fn a_config_of_another_architecture() {
     let folder = with_config("llama", "model_type", "llama".into());
-    check_model(&folder, &["architecture `llama` is not supported", "hint: supported architectures: bloom"]);
+    check_model(&folder, &["architecture `llama` is not supported", "hint: supported architectures: bloom, opt"]);
 }
 
 #[test]
@@ -138,6 +141,136 @@ fn a_weights_file_that_is_missing_truncated_or_corrupt() {
     check_model(&folder, &["model.safetensors: no such file", "hint: the weights must be in"]);
 }
 
+/// A folder with the config of a small BLOOM and a pytorch_model.bin.
+fn with_bin(copy: &str, pickle: &[u8], storages: &[(String, Vec<u8>)]) -> PathBuf {
+    let folder = scratch(copy);
+    fs::copy(fixtures().join(SMALL).join("config.json"), folder.join("config.json")).unwrap();
+    write_archive(&folder.join("pytorch_model.bin"), pickle, storages);
+    folder
+}
+
+/// The embedding of that BLOOM, (160, 32) in f32, and its storage.
+fn embedding() -> (Pickled, Vec<(String, Vec<u8>)>) {
+    let tensor = Pickled::whole("transformer.word_embeddings.weight", "FloatStorage", "0", &[160, 32]);
+    (tensor, vec![("0".to_string(), vec![0; 160 * 32 * 4])])
+}
+
+#[test]
+fn a_pickle_that_would_run_something() {
+    let marker = scratch("pickle-calls").join("was-run");
+    let command = format!("touch {}", marker.display());
+    let calls = [
+        (format!("\u{2}cos\nsystem\n(X{{}}{command}tR."), "os.system"),
+        (format!("\u{2}cposix\nsystem\n(X{{}}{command}tR."), "posix.system"),
+        (format!("\u{2}cbuiltins\neval\n(X{{}}{command}tR."), "builtins.eval"),
+        // INST calls without REDUCE.
+        (format!("\u{2}(X{{}}{command}ios\nsystem\n."), "opcode 0x69"),
+    ];
+    for (index, (program, named)) in calls.into_iter().enumerate() {
+        let mut bytes = vec![0x80];
+        let (before, after) = program.split_once("{}").unwrap();
+        bytes.extend(before.bytes());
+        bytes.extend((command.len() as u32).to_le_bytes());
+        bytes.extend(after.bytes());
+        let folder = with_bin(&format!("pickle-call-{index}"), &bytes, &[]);
+        check_model(&folder, &["pytorch_model.bin: its pickle", named, "which no checkpoint needs; nothing was run"]);
+    }
+    assert!(!marker.exists());
+}
+
+#[test]
+fn a_pickle_that_makes_no_sense() {
+    let whole = pickle(&[embedding().0]);
+    let cases: [(&[u8], &str); 8] = [
+        (b"", "ends in the middle"),
+        (&whole[..whole.len() / 2], "ends in the middle"),
+        (b"\x80\x02N.", "holds no dictionary of tensors"),
+        (b"\x80\x02R.", "takes from an empty stack"),
+        (b"\x80\x02u.", "takes from an empty stack"),
+        (b"\x80\x02h\x07.", "recalls what it never stored"),
+        // A text of 4 GB.
+        (b"\x80\x02X\xff\xff\xff\xff.", "ends in the middle"),
+        (b"\x80\x02X\x01\x00\x00\x00\xff.", "has a text that is not UTF-8"),
+    ];
+    for (index, (pickle, wanted)) in cases.into_iter().enumerate() {
+        check_model(&with_bin(&format!("pickle-{index}"), pickle, &[]), &["pytorch_model.bin: its pickle", wanted]);
+    }
+}
+
+#[test]
+fn a_pickled_tensor_that_does_not_fit_its_storage() {
+    let (whole, storages) = embedding();
+    let name = whole.name.clone();
+    let beyond = "reaches beyond its storage of 5120 elements";
+    let cases: [(&dyn Fn(&mut Pickled), &str); 9] = [
+        (&|tensor| tensor.storage_len = 1 << 30, "its storage `0` holds 5120 elements, but should hold 1073741824"),
+        (&|tensor| tensor.shape = vec![161, 32], beyond),
+        (
+            &|tensor| tensor.shape = vec![i32::MAX, i32::MAX, i32::MAX],
+            "has shape [2147483647, 2147483647, 2147483647], but strides",
+        ),
+        (&|tensor| tensor.strides = vec![i32::MAX, i32::MAX], beyond),
+        (&|tensor| tensor.offset = 1, beyond),
+        (&|tensor| tensor.offset = i32::MAX, beyond),
+        (&|tensor| tensor.strides = vec![1, 160], "wanted one row after the other"),
+        (&|tensor| tensor.strides = vec![0, 0], "wanted one row after the other"),
+        (&|tensor| tensor.key = "7".to_string(), "its storage `7` is not in the file"),
+    ];
+    for (index, (edit, wanted)) in cases.into_iter().enumerate() {
+        let mut tensor = whole.clone();
+        edit(&mut tensor);
+        let folder = with_bin(&format!("tensor-{index}"), &pickle(&[tensor]), &storages);
+        check_model(&folder, &["pytorch_model.bin", &name, wanted]);
+    }
+    let mut negative = whole.clone();
+    negative.offset = -1;
+    check_model(&with_bin("tensor-negative", &pickle(&[negative]), &storages), &["its pickle has the size -1"]);
+    let mut absurd = whole.clone();
+    (absurd.shape, absurd.strides) = (vec![i32::MAX; 3], vec![1; 3]);
+    check_model(&with_bin("tensor-absurd", &pickle(&[absurd]), &storages), &[&name, beyond]);
+    // What is right is read: only the rest of the model is missing.
+    check_model(
+        &with_bin("tensor-whole", &pickle(&[whole]), &storages),
+        &["word_embeddings_layernorm.weight`: not found"],
+    );
+}
+
+#[test]
+fn a_bin_file_that_is_truncated_compressed_or_something_else() {
+    let folder = copy_of("random/bloom-bin", "bin-damaged");
+    let file = folder.join("pytorch_model.bin");
+    let whole = fs::read(&file).unwrap();
+    let damaged = "pytorch_model.bin: damaged or incomplete PyTorch checkpoint";
+    for len in [0, 10, whole.len() / 2, whole.len() - 1] {
+        fs::write(&file, &whole[..len]).unwrap();
+        check_model(&folder, &[damaged]);
+    }
+    fs::write(&file, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").unwrap();
+    check_model(&folder, &["in the form that PyTorch had before version 1.6"]);
+    let mut archive = zip::ZipWriter::new(fs::File::create(&file).unwrap());
+    archive.start_file("readme.txt", zip::write::SimpleFileOptions::default()).unwrap();
+    archive.finish().unwrap();
+    check_model(&folder, &["a zip archive without data.pkl"]);
+}
+
+#[test]
+fn any_damage_to_a_bin_file_is_an_error_and_never_a_panic() {
+    // Every byte of the pickle and of the zip's directory in turn; a change may also do no harm.
+    let folder = copy_of("random/bloom-bin", "bin-flipped");
+    let file = folder.join("pytorch_model.bin");
+    let whole = fs::read(&file).unwrap();
+    let args = ["generate", "-q", "--prompt-ids", "5", "-n", "1", "-m", folder.to_str().unwrap()];
+    for at in (0..4096).chain(whole.len() - 2048..whole.len()).step_by(23) {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 0xa5;
+        fs::write(&file, &flipped).unwrap();
+        let output = llm8(&args).output().unwrap();
+        if !output.status.success() {
+            check_failure(&output, 1, &[]);
+        }
+    }
+}
+
 #[test]
 fn an_index_that_does_not_fit_its_shards() {
     let index = "model.safetensors.index.json";
@@ -203,6 +336,34 @@ fn a_tokenizer_that_is_missing_or_does_not_parse() {
 }
 
 #[test]
+fn a_vocabulary_or_merges_that_make_no_tokenizer() {
+    let folder = copy_of("tiny-opt", "vocabulary");
+    let generate = || llm8(&["generate", "-q", "-m", folder.to_str().unwrap(), "Debian"]).output().unwrap();
+    let merges = fs::read(folder.join("merges.txt")).unwrap();
+    fs::write(folder.join("merges.txt"), "one two three\n").unwrap();
+    check_failure(&generate(), 1, &["merges.txt: does not make a tokenizer with vocab.json"]);
+    fs::write(folder.join("merges.txt"), b"\xff \xff\n").unwrap();
+    check_failure(&generate(), 1, &["merges.txt: is not UTF-8"]);
+    fs::remove_file(folder.join("merges.txt")).unwrap();
+    check_failure(&generate(), 1, &["merges.txt: no such file", "hint: "]);
+    fs::write(folder.join("merges.txt"), merges).unwrap();
+    fs::write(folder.join("vocab.json"), "{\"a\": 1}").unwrap();
+    check_failure(&generate(), 1, &["vocab.json: has no token `</s>`, with which texts begin"]);
+    fs::write(folder.join("vocab.json"), "[").unwrap();
+    check_failure(&generate(), 1, &["vocab.json: is not JSON"]);
+    fs::write(folder.join("tokenizer_config.json"), "nonsense").unwrap();
+    check_failure(&generate(), 1, &["tokenizer_config.json: is not JSON"]);
+}
+
+#[test]
+fn a_prompt_that_is_longer_than_the_model_has_positions() {
+    let folder = fixtures().join("random/opt-odd");
+    let ids = (0..21).map(|_| "5").collect::<Vec<_>>().join(",");
+    let output = llm8(&["generate", "-q", "-m", folder.to_str().unwrap(), "--prompt-ids", &ids]).output().unwrap();
+    check_failure(&output, 1, &["the prompt has 21 tokens, but the model has only 20 positions", "hint: "]);
+}
+
+#[test]
 fn an_empty_prompt() {
     check_failure(&llm8(&["generate", ""]).output().unwrap(), 1, &["the prompt is empty"]);
     check_failure(&with_stdin(llm8(&["generate"]), b"\n"), 1, &["the prompt is empty"]);
@@ -227,7 +388,7 @@ fn a_prompt_that_is_not_utf8() {
 #[test]
 fn ids_outside_the_vocabulary() {
     let output = llm8(&["generate", "-q", "--prompt-ids", "5,5120"]).output().unwrap();
-    check_failure(&output, 1, &["token id 5120 is outside the vocabulary of 5120"]);
+    check_failure(&output, 1, &["the prompt has token id 5120, which is outside the vocabulary of 5120"]);
 }
 
 #[test]

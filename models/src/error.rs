@@ -66,8 +66,16 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     /// The prompt cannot be run by the model.
-    #[error("prompt: {0}")]
+    #[error("the prompt {0}")]
     Prompt(String),
+    /// The prompt takes more positions than the model has.
+    #[error("the prompt has {tokens} tokens, but the model has only {positions} positions")]
+    PromptTooLong {
+        /// The prompt's tokens.
+        tokens: usize,
+        /// The positions of the model.
+        positions: usize,
+    },
     /// The model's output is unusable.
     #[error("the model's output is {0}")]
     Output(String),
@@ -88,6 +96,9 @@ impl Error {
             Self::Tensor { hint, .. } => hint.clone(),
             Self::SkipModule { examples, .. } => Some(format!("modules of this model: {examples}")),
             Self::Output(_) => Some("a weight or the checkpoint may be damaged; try --precision f32".to_string()),
+            Self::PromptTooLong { .. } => {
+                Some("give a shorter prompt: the model was not made for longer texts".to_string())
+            }
             Self::File { .. } | Self::Tokenizer(_) | Self::Prompt(_) | Self::Candle(_) => None,
         }
     }

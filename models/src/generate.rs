@@ -84,17 +84,16 @@ const MIN_TEMPERATURE: f64 = 1e-5;
 /// Errors when the prompt is empty, holds an id outside the vocabulary, or leaves no position free.
 pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateOptions) -> Result<Generation<'a>> {
     if prompt.is_empty() {
-        return Err(Error::Prompt("it is empty, wanted at least one token".to_string()));
+        return Err(Error::Prompt("is empty, wanted at least one token".to_string()));
     }
     let vocab_size = model.vocab_size();
     if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab_size) {
-        return Err(Error::Prompt(format!("token id {id} is outside the vocabulary of {vocab_size}")));
+        return Err(Error::Prompt(format!("has token id {id}, which is outside the vocabulary of {vocab_size}")));
     }
     if let Some(positions) = model.max_positions()
         && prompt.len() > positions
     {
-        let len = prompt.len();
-        return Err(Error::Prompt(format!("it has {len} tokens, but the model has only {positions} positions")));
+        return Err(Error::PromptTooLong { tokens: prompt.len(), positions });
     }
     let sampling = match (options.temperature, options.top_p) {
         (temperature, _) if temperature < MIN_TEMPERATURE => Sampling::ArgMax,

@@ -170,7 +170,7 @@ fn generation_ends_where_the_positions_do() {
     assert_eq!(generation.finish_reason(), Some(FinishReason::Length));
     let too_long: Vec<u32> = (5..26).collect();
     let error = generate(model.as_ref(), &too_long, &options).err().unwrap().to_string();
-    assert_eq!(error, "prompt: it has 21 tokens, but the model has only 20 positions");
+    assert_eq!(error, "the prompt has 21 tokens, but the model has only 20 positions");
     let tokens = Tensor::new(vec![too_long], &Device::Cpu).unwrap();
     assert!(model.forward(&tokens, &mut KvCache::new(model.num_layers())).is_err());
 }
