@@ -414,7 +414,7 @@ fn wrong_usage_has_exit_code_2() {
         &["generate", "x", "--temperature", "-1"],
         &["generate", "x", "--temperature", "nan"],
         &["generate", "x", "--top-p", "0"],
-        &["generate", "x", "--top-k", "0"],
+        &["generate", "x", "--top-k", "-1"],
         &["generate", "x", "--precision", "int4"],
         &["generate", "x", "--device", "tpu"],
         &["generate", "x", "--prompt-ids", "1"],

@@ -132,6 +132,8 @@ fn a_seed_draws_the_same_text_and_another_seed_another() {
     assert_eq!(text(&["--top-k", "1"]), greedy);
     assert_eq!(text(&["--top-p", "0.000001"]), greedy);
     assert_ne!(text(&["--top-k", "5", "--top-p", "0.9", "--seed", "3"]), greedy);
+    assert_eq!(text(&["--seed", "1"]), text(&["--seed", "1", "--top-k", "50"]));
+    assert_ne!(text(&["--seed", "1"]), text(&["--seed", "1", "--top-k", "0"]));
 }
 
 #[test]

@@ -149,7 +149,7 @@ impl Generation<'_> {
         if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
             return Err(Error::Output(format!("{bad}, not a finite number")));
         }
-        if let Some(top_k) = self.options.top_k {
+        if let (Some(top_k), true) = (self.options.top_k, self.options.temperature >= MIN_TEMPERATURE) {
             keep_top_k(&mut logits, top_k);
         }
         Ok(self.processor.sample(&Tensor::new(logits, &Device::Cpu)?)?)

@@ -74,6 +74,7 @@ pub fn write_archive(file: &Path, pickle: &[u8], storages: &[(String, Vec<u8>)])
         archive.write_all(content).unwrap();
     };
     entry("data.pkl", pickle);
+    entry("version", b"3\n");
     entry("byteorder", b"little");
     for (key, content) in storages {
         entry(&format!("data/{key}"), content);

@@ -138,9 +138,10 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
     pub temperature: f64,
 
-    /// Draw among the K likeliest tokens only.
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
-    pub top_k: Option<u32>,
+    /// Draw among the K likeliest tokens only, as many as Transformers does by default; 0 draws among
+    /// all.
+    #[arg(long, value_name = "K", default_value_t = 50)]
+    pub top_k: usize,
 
     /// Draw among the likeliest tokens that together have this probability, above 0 to 1; applied
     /// after --top-k.

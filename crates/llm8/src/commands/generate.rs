@@ -134,7 +134,7 @@ fn options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions {
     GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
-        top_k: args.top_k.map(|top_k| top_k as usize),
+        top_k: (args.top_k > 0).then_some(args.top_k),
         top_p: args.top_p,
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
