@@ -202,7 +202,8 @@ fn a_pickled_tensor_that_does_not_fit_its_storage() {
     let (whole, storages) = embedding();
     let name = whole.name.clone();
     let beyond = "reaches beyond its storage of 5120 elements";
-    let cases: [(&dyn Fn(&mut Pickled), &str); 9] = [
+    type Edit<'a> = &'a dyn Fn(&mut Pickled);
+    let cases: [(Edit, &str); 9] = [
         (&|tensor| tensor.storage_len = 1 << 30, "its storage `0` holds 5120 elements, but should hold 1073741824"),
         (&|tensor| tensor.shape = vec![161, 32], beyond),
         (

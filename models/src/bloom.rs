@@ -8,7 +8,8 @@ use crate::attention::{AttentionBias, KvCache, LayerCache, alibi_slopes, attend}
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
-use crate::weights::{Embedding, Linear, Loader, Weights};
+use crate::layers::{Embedding, Linear};
+use crate::weights::{Loader, Weights};
 
 /// What config.json says of the model.
 struct Shape {

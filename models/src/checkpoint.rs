@@ -3,6 +3,7 @@
 mod pickle;
 mod pytorch;
 mod safetensors;
+mod values;
 
 use std::collections::BTreeMap;
 use std::path::Path;

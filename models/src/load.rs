@@ -9,8 +9,10 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Result;
 use crate::folder::ModelFolder;
+use crate::ledger::Ledger;
 use crate::opt::Opt;
-use crate::weights::{Ledger, Loader, Precision};
+use crate::precision::Precision;
+use crate::weights::Loader;
 
 /// How a model is loaded.
 #[derive(Default)]

@@ -8,7 +8,8 @@ use crate::attention::{AttentionBias, KvCache, LayerCache, attend};
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
-use crate::weights::{Embedding, Linear, Linears, Loader, Weights};
+use crate::layers::{Embedding, Linear, Linears};
+use crate::weights::{Loader, Weights};
 
 /// The position table's first row that belongs to a position; the ones before it are for padding.
 const POSITION_OFFSET: usize = 2;

@@ -2,101 +2,19 @@
 
 use std::cell::RefCell;
 
-use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{LayerNorm, Module};
+use candle_core::{DType, Device, Tensor, WithDType};
+use candle_nn::LayerNorm;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use int8_ops::{
-    HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE, OUTLIER_THRESHOLD, half_matmul, int8_matmul,
-};
+use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::error::{Error, Result};
-
-/// What the weights of the linear layers are held in.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Precision {
-    /// 32-bit floats, the embedding and the head too.
-    F32,
-    /// IEEE 16-bit floats, the embedding and the head too.
-    F16,
-    /// bfloat16, the embedding and the head too.
-    BF16,
-    /// LLM.int8(): the linear layers of the blocks in int8, the embedding and the head in 16 bits.
-    Int8(Int8Options),
-}
-
-/// How LLM.int8() is applied.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Int8Options {
-    /// The magnitude from which activations are outliers; `None` for no decomposition.
-    pub threshold: Option<f32>,
-    /// Linear layers to keep in 16 bits: names of modules, or whole parts of their names
-    /// (`h.0`, `mlp.dense_h_to_4h`, `dense`).
-    pub skip_modules: Vec<String>,
-    /// Whether the embedding and the head are int8 too.
-    pub head: bool,
-}
-
-impl Default for Int8Options {
-    fn default() -> Self {
-        Self { threshold: Some(OUTLIER_THRESHOLD), skip_modules: Vec::new(), head: false }
-    }
-}
-
-impl Default for Precision {
-    fn default() -> Self {
-        Self::Int8(Int8Options::default())
-    }
-}
-
-impl Precision {
-    /// `f32`, `f16`, `bf16` or `int8`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-            Self::Int8(_) => "int8",
-        }
-    }
-}
-
-/// The bytes of every tensor of a model as it was loaded.
-#[derive(Debug, Clone, Default)]
-pub struct Ledger {
-    entries: Vec<LedgerEntry>,
-}
-
-/// What one tensor takes.
-#[derive(Debug, Clone)]
-pub struct LedgerEntry {
-    /// The tensor's full name in the checkpoint.
-    pub name: String,
-    /// How many values it has.
-    pub values: usize,
-    /// The bytes it takes as it was loaded, scales included.
-    pub bytes: usize,
-}
-
-impl Ledger {
-    /// One entry a tensor, in the order of loading.
-    pub fn entries(&self) -> &[LedgerEntry] {
-        &self.entries
-    }
-
-    /// The bytes of all weights as they were loaded.
-    pub fn bytes(&self) -> usize {
-        self.entries.iter().map(|entry| entry.bytes).sum()
-    }
-
-    /// The bytes that the same weights take with 16 bits each.
-    pub fn bytes_at_16_bits(&self) -> usize {
-        self.entries.iter().map(|entry| entry.values * DType::F16.size_in_bytes()).sum()
-    }
-}
+use crate::layers::{Embedding, Linear, Linears};
+use crate::ledger::Ledger;
+use crate::precision::{Int8Options, Precision};
 
 /// The weights of a checkpoint under one prefix of names.
 #[derive(Clone)]
@@ -150,8 +68,7 @@ impl<'a> Loader<'a> {
     }
 
     fn enter(&self, tensor: &RawTensor, bytes: usize) {
-        let entry = LedgerEntry { name: tensor.name.to_string(), values: tensor.shape.iter().product(), bytes };
-        self.ledger.borrow_mut().entries.push(entry);
+        self.ledger.borrow_mut().enter(tensor.name, tensor.shape.iter().product(), bytes);
         (self.loaded)(tensor.data.len());
     }
 }
@@ -252,9 +169,10 @@ impl<'a> Weights<'a> {
     /// A vector (len), in f32 whatever the precision: it takes next to nothing.
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let raw = self.tensor(name, &[len])?;
+        raw.check_float()?;
         let mut values = vec![0f32; len];
-        widen(&raw, 0, &mut values)?;
-        check_finite(&raw, &values, 0, len)?;
+        raw.widen(0, &mut values);
+        raw.check_finite(0, &values)?;
         self.loader.enter(&raw, len * DType::F32.size_in_bytes());
         Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
     }
@@ -267,8 +185,8 @@ impl<'a> Weights<'a> {
             let scales = Tensor::from_vec(self.stored_scales(weight, rows)?, rows, &Device::Cpu)?;
             return Ok(Int8Matrix::new(codes, scales)?);
         }
-        check_float(weight)?;
-        Int8Matrix::quantize_rows(rows, cols, |row, values| widen_floats(weight, row * cols, values))
+        weight.check_float()?;
+        Int8Matrix::quantize_rows(rows, cols, |row, values| weight.widen(row * cols, values))
             .map_err(|error| weight.problem(first_line(&error)))
     }
 
@@ -286,8 +204,8 @@ impl<'a> Weights<'a> {
             return Err(absmax.problem(format!("is {:?}, wanted F32", absmax.dtype)));
         }
         let mut scales = vec![0f32; rows];
-        widen_floats(&absmax, 0, &mut scales);
-        check_finite(&absmax, &scales, 0, rows)?;
+        absmax.widen(0, &mut scales);
+        absmax.check_finite(0, &scales)?;
         if weight.data.contains(&(i8::MIN as u8)) {
             return Err(weight.problem("holds the code -128, wanted codes from -127 to 127".to_string()));
         }
@@ -298,53 +216,35 @@ impl<'a> Weights<'a> {
     /// A weight (rows, cols) in a float dtype, entered in the ledger; int8 weights are dequantised.
     fn float_matrix(&self, weight: &RawTensor, dtype: DType) -> Result<Tensor> {
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
-        self.loader.enter(weight, rows * cols * dtype.size_in_bytes());
-        let scales = match weight.dtype {
-            Dtype::I8 => Some(self.stored_scales(weight, rows)?),
-            _ => None,
+        let scales = if weight.dtype == Dtype::I8 {
+            Some(self.stored_scales(weight, rows)?)
+        } else {
+            weight.check_float()?;
+            None
         };
-        check_float_or_int8(weight)?;
         let read = |row: usize, values: &mut [f32]| {
-            widen_any(weight, row * cols, values);
+            weight.widen(row * cols, values);
             if let Some(scales) = &scales {
                 values.iter_mut().for_each(|value| *value *= scales[row]);
             }
-            check_finite(weight, values, row, cols)
+            weight.check_finite(row * cols, values)
         };
-        match dtype {
-            DType::F16 => {
-                let narrow = |values: &[f32], out: &mut [f16]| {
-                    out.convert_from_f32_slice(values);
-                    // A finite f32 or bf16 value may lie beyond f16's range.
-                    out.iter().position(|value| !value.is_finite())
-                };
-                matrix_of(weight, read, narrow, "--precision bf16")
-            }
-            DType::BF16 => {
-                let narrow = |values: &[f32], out: &mut [bf16]| {
-                    out.convert_from_f32_slice(values);
-                    out.iter().position(|value| !value.is_finite())
-                };
-                matrix_of(weight, read, narrow, "--precision f32")
-            }
-            _ => {
-                let copy = |values: &[f32], out: &mut [f32]| {
-                    out.copy_from_slice(values);
-                    None
-                };
-                matrix_of(weight, read, copy, "")
-            }
-        }
+        let matrix = match dtype {
+            DType::F16 => matrix_of(weight, read, |values, row: &mut [f16]| row.convert_from_f32_slice(values)),
+            DType::BF16 => matrix_of(weight, read, |values, row: &mut [bf16]| row.convert_from_f32_slice(values)),
+            _ => matrix_of(weight, read, |values, row: &mut [f32]| row.copy_from_slice(values)),
+        }?;
+        self.loader.enter(weight, rows * cols * dtype.size_in_bytes());
+        Ok(matrix)
     }
 }
 
-/// A matrix in memory whose rows `read` widens and `narrow` writes, in parallel; `narrow` tells the
-/// column of a value that its type cannot hold.
-fn matrix_of<T: candle_core::WithDType + Default>(
+/// A matrix in memory, made from several threads: `read(row, values)` gives a row in f32, and
+/// `narrow` writes it in the matrix's own dtype.
+fn matrix_of<T: WithDType + Default>(
     weight: &RawTensor,
     read: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
-    narrow: impl Fn(&[f32], &mut [T]) -> Option<usize> + Sync,
-    wider: &str,
+    narrow: impl Fn(&[f32], &mut [T]) + Sync,
 ) -> Result<Tensor> {
     let (rows, cols) = (weight.shape[0], weight.shape[1]);
     let mut matrix = vec![T::default(); rows * cols];
@@ -352,11 +252,15 @@ fn matrix_of<T: candle_core::WithDType + Default>(
         || vec![0f32; cols],
         |values, (row, out)| {
             read(row, values)?;
-            match narrow(values, out) {
+            narrow(values, out);
+            // A finite value may lie beyond the range of a narrower dtype.
+            match out.iter().position(|value| !value.to_f64().is_finite()) {
                 None => Ok(()),
-                Some(col) => {
-                    let problem = format!("value [{row}, {col}] is {}, too large for {:?}", values[col], T::DTYPE);
-                    Err(weight.problem_with_hint(problem, Some(format!("load the model with {wider}"))))
+                Some(at) => {
+                    let place = weight.place(row * cols + at);
+                    let problem = format!("value {place} is {}, too large for {:?}", values[at], T::DTYPE);
+                    let wider = if T::DTYPE == DType::F16 { "bf16" } else { "f32" };
+                    Err(weight.problem_with_hint(problem, Some(format!("load the model with --precision {wider}"))))
                 }
             }
         },
@@ -370,130 +274,6 @@ fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
     match (precision, weight.dtype) {
         (Precision::BF16, _) | (Precision::Int8(_), Dtype::BF16) => DType::BF16,
         _ => DType::F16,
-    }
-}
-
-/// A linear layer in the precision it was loaded in.
-#[derive(Debug)]
-pub(crate) enum Linear {
-    Float(candle_nn::Linear),
-    Half(HalfLinear),
-    Int8(Int8Linear),
-}
-
-impl Module for Linear {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Float(layer) => layer.forward(x),
-            Self::Half(layer) => layer.forward(x),
-            Self::Int8(layer) => layer.forward(x),
-        }
-    }
-}
-
-/// Linear layers that take the same input; their outputs come side by side.
-#[derive(Debug)]
-pub(crate) enum Linears {
-    Int8(Int8LinearGroup),
-    Apart(Vec<Linear>),
-}
-
-impl Module for Linears {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Int8(layers) => layers.forward(x),
-            Self::Apart(layers) => {
-                let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<candle_core::Result<Vec<_>>>()?;
-                Tensor::cat(&outputs, D::Minus1)
-            }
-        }
-    }
-}
-
-/// The token embedding (vocabulary, width), which is the head too where the two are tied.
-#[derive(Debug)]
-pub(crate) enum Embedding {
-    Float(Tensor),
-    Half(Tensor),
-    Int8 { matrix: Int8Matrix, threshold: Option<f32> },
-}
-
-impl Embedding {
-    /// The rows (.., width) in `F32` of token ids (..) in `U32`.
-    pub(crate) fn lookup(&self, tokens: &Tensor) -> candle_core::Result<Tensor> {
-        let ids = tokens.flatten_all()?;
-        let rows = match self {
-            Self::Float(table) | Self::Half(table) => table.index_select(&ids, 0)?.to_dtype(DType::F32)?,
-            Self::Int8 { matrix, .. } => matrix.dequantize_rows(&ids)?,
-        };
-        let mut dims = tokens.dims().to_vec();
-        dims.push(rows.dim(1)?);
-        rows.reshape(dims)
-    }
-
-    /// The logits (.., vocabulary) of hidden states (.., width): their products with every row.
-    pub(crate) fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Float(table) => candle_nn::Linear::new(table.clone(), None).forward(hidden),
-            Self::Half(table) => half_matmul(hidden, table, None),
-            Self::Int8 { matrix, threshold } => int8_matmul(hidden, matrix, None, *threshold),
-        }
-    }
-}
-
-fn check_float(tensor: &RawTensor) -> Result<()> {
-    match tensor.dtype {
-        Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
-        other => Err(tensor.problem(format!("is {other:?}, wanted F32, F16 or BF16"))),
-    }
-}
-
-fn check_float_or_int8(tensor: &RawTensor) -> Result<()> {
-    if tensor.dtype == Dtype::I8 { Ok(()) } else { check_float(tensor) }
-}
-
-fn check_finite(tensor: &RawTensor, values: &[f32], row: usize, cols: usize) -> Result<()> {
-    let Some(at) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
-    let place = if tensor.shape.len() == 1 { format!("[{at}]") } else { format!("[{row}, {}]", at % cols) };
-    Err(tensor.problem(format!("value {place} is {}: only finite values can be used", values[at])))
-}
-
-/// Copies values from index `start` on into `out`, as f32; an error when they are not floats.
-fn widen(tensor: &RawTensor, start: usize, out: &mut [f32]) -> Result<()> {
-    check_float(tensor)?;
-    widen_floats(tensor, start, out);
-    Ok(())
-}
-
-fn widen_any(tensor: &RawTensor, start: usize, out: &mut [f32]) {
-    if tensor.dtype == Dtype::I8 {
-        let codes = &tensor.data[start..start + out.len()];
-        out.iter_mut().zip(codes).for_each(|(out, &code)| *out = f32::from(code as i8));
-    } else {
-        widen_floats(tensor, start, out);
-    }
-}
-
-/// Copies values from index `start` on into `out`, as f32, from data of any alignment.
-fn widen_floats(tensor: &RawTensor, start: usize, out: &mut [f32]) {
-    let size = if tensor.dtype == Dtype::F32 { 4 } else { 2 };
-    let bytes = &tensor.data[start * size..(start + out.len()) * size];
-    match tensor.dtype {
-        Dtype::F32 => {
-            let values = bytes.as_chunks::<4>().0;
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from_le_bytes(*value));
-        }
-        Dtype::BF16 => {
-            let values = bytes.as_chunks::<2>().0;
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_le_bytes(*value).to_f32());
-        }
-        _ => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
-            Ok(values) if cfg!(target_endian = "little") => values.convert_to_f32_slice(out),
-            _ => {
-                let values = bytes.as_chunks::<2>().0;
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = f16::from_le_bytes(*value).to_f32());
-            }
-        },
     }
 }
 

@@ -1,0 +1,63 @@
+//! The values of a tensor in a file, as f32.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use super::RawTensor;
+use crate::error::Result;
+
+impl RawTensor<'_> {
+    /// An error unless the values are floats that a model may hold.
+    pub(crate) fn check_float(&self) -> Result<()> {
+        match self.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
+            other => Err(self.problem(format!("is {other:?}, wanted F32, F16 or BF16"))),
+        }
+    }
+
+    /// An error that names the place of the first of `values`, which begin at index `start` of the
+    /// tensor, that is NaN or infinite.
+    pub(crate) fn check_finite(&self, start: usize, values: &[f32]) -> Result<()> {
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(at) => {
+                let (place, value) = (self.place(start + at), values[at]);
+                Err(self.problem(format!("value {place} is {value}: only finite values can be used")))
+            }
+        }
+    }
+
+    /// An index as row and column: `[3, 17]`; a vector's as it is: `[3]`.
+    pub(crate) fn place(&self, index: usize) -> String {
+        match self.shape {
+            [_, cols] => format!("[{}, {}]", index / cols, index % cols),
+            _ => format!("[{index}]"),
+        }
+    }
+
+    /// Copies values from index `start` on into `out`; int8 codes become whole numbers. The dtype has
+    /// been checked, and the data may have any alignment.
+    pub(crate) fn widen(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.bitsize() / 8;
+        let bytes = &self.data[start * size..(start + out.len()) * size];
+        match self.dtype {
+            Dtype::I8 => out.iter_mut().zip(bytes).for_each(|(out, &code)| *out = f32::from(code as i8)),
+            Dtype::F32 => {
+                let values = bytes.as_chunks::<4>().0;
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = f32::from_le_bytes(*value));
+            }
+            Dtype::BF16 => {
+                let values = bytes.as_chunks::<2>().0;
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_le_bytes(*value).to_f32());
+            }
+            _ => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
+                Ok(values) if cfg!(target_endian = "little") => values.convert_to_f32_slice(out),
+                _ => {
+                    let values = bytes.as_chunks::<2>().0;
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f16::from_le_bytes(*value).to_f32());
+                }
+            },
+        }
+    }
+}

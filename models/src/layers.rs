@@ -1,0 +1,73 @@
+//! Layers in the precision they were loaded in.
+
+use candle_core::{D, DType, Result, Tensor};
+use candle_nn::Module;
+use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, half_matmul, int8_matmul};
+
+/// A linear layer in the precision it was loaded in.
+#[derive(Debug)]
+pub(crate) enum Linear {
+    Float(candle_nn::Linear),
+    Half(HalfLinear),
+    Int8(Int8Linear),
+}
+
+impl Module for Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Float(layer) => layer.forward(x),
+            Self::Half(layer) => layer.forward(x),
+            Self::Int8(layer) => layer.forward(x),
+        }
+    }
+}
+
+/// Linear layers that take the same input; their outputs come side by side.
+#[derive(Debug)]
+pub(crate) enum Linears {
+    Int8(Int8LinearGroup),
+    Apart(Vec<Linear>),
+}
+
+impl Module for Linears {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Int8(layers) => layers.forward(x),
+            Self::Apart(layers) => {
+                let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&outputs, D::Minus1)
+            }
+        }
+    }
+}
+
+/// The token embedding (vocabulary, width), which is the head too where the two are tied.
+#[derive(Debug)]
+pub(crate) enum Embedding {
+    Float(Tensor),
+    Half(Tensor),
+    Int8 { matrix: Int8Matrix, threshold: Option<f32> },
+}
+
+impl Embedding {
+    /// The rows (.., width) in `F32` of token ids (..) in `U32`.
+    pub(crate) fn lookup(&self, tokens: &Tensor) -> Result<Tensor> {
+        let ids = tokens.flatten_all()?;
+        let rows = match self {
+            Self::Float(table) | Self::Half(table) => table.index_select(&ids, 0)?.to_dtype(DType::F32)?,
+            Self::Int8 { matrix, .. } => matrix.dequantize_rows(&ids)?,
+        };
+        let mut dims = tokens.dims().to_vec();
+        dims.push(rows.dim(1)?);
+        rows.reshape(dims)
+    }
+
+    /// The logits (.., vocabulary) of hidden states (.., width): their products with every row.
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Float(table) => candle_nn::Linear::new(table.clone(), None).forward(hidden),
+            Self::Half(table) => half_matmul(hidden, table, None),
+            Self::Int8 { matrix, threshold } => int8_matmul(hidden, matrix, None, *threshold),
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! What weights are held in.
+
+use int8_ops::OUTLIER_THRESHOLD;
+
+/// What the weights of the linear layers are held in.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Precision {
+    /// 32-bit floats, the embedding and the head too.
+    F32,
+    /// IEEE 16-bit floats, the embedding and the head too.
+    F16,
+    /// bfloat16, the embedding and the head too.
+    BF16,
+    /// LLM.int8(): the linear layers of the blocks in int8, the embedding and the head in 16 bits.
+    Int8(Int8Options),
+}
+
+/// How LLM.int8() is applied.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Int8Options {
+    /// The magnitude from which activations are outliers; `None` for no decomposition.
+    pub threshold: Option<f32>,
+    /// Linear layers to keep in 16 bits: names of modules, or whole parts of their names
+    /// (`h.0`, `mlp.dense_h_to_4h`, `dense`).
+    pub skip_modules: Vec<String>,
+    /// Whether the embedding and the head are int8 too.
+    pub head: bool,
+}
+
+impl Default for Int8Options {
+    fn default() -> Self {
+        Self { threshold: Some(OUTLIER_THRESHOLD), skip_modules: Vec::new(), head: false }
+    }
+}
+
+impl Default for Precision {
+    fn default() -> Self {
+        Self::Int8(Int8Options::default())
+    }
+}
+
+impl Precision {
+    /// `f32`, `f16`, `bf16` or `int8`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Int8(_) => "int8",
+        }
+    }
+}
