@@ -3,9 +3,9 @@
 //! The path from a checkpoint to text, one module a step:
 //!
 //! - [`ModelFolder`]: the files of a model, on disk or inside the program.
-//! - [`load`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
+//! - [`load()`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
 //! - [`TextCodec`]: text to token ids and back, streamed.
-//! - [`generate`]: the token loop, an iterator over the tokens that follow a prompt.
+//! - [`generate()`]: the token loop, an iterator over the tokens that follow a prompt.
 //!
 //! ```no_run
 //! use int8_models::{GenerateOptions, LoadOptions, ModelFolder, TextCodec, generate, load};
