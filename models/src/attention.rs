@@ -1,7 +1,7 @@
-//! Attention over cached keys and values: the cache, the causal mask, ALiBi.
+//! Causal attention over cached keys and values, and ALiBi.
 
-use candle_core::{Device, Result, Tensor, bail};
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, bail};
+use rayon::prelude::*;
 
 /// The keys and values of every layer for the tokens seen so far; its length is the position.
 #[derive(Debug)]
@@ -94,53 +94,72 @@ pub(crate) struct LayerCache<'a> {
     index: usize,
 }
 
-/// What is added to attention scores: made once for all blocks of a forward pass.
-#[derive(Debug)]
-pub struct AttentionBias {
-    /// ALiBi, (heads, 1, past + tokens): each head's slope times the key's position.
-    alibi: Option<Tensor>,
-    /// (tokens, past + tokens): 0 where a query may see a key, else the most negative finite number,
-    /// which unlike infinity can never make a NaN. None for a single token, which sees all.
-    causal: Option<Tensor>,
-}
+/// Queries that attend at a time: scores take (heads, this, context) and not (heads, prompt, prompt),
+/// and keys that come after all of them are left out.
+const QUERIES_PER_CHUNK: usize = 128;
 
-impl AttentionBias {
-    /// For `tokens` queries that follow `past` others, with ALiBi where the model has `slopes` (one
-    /// for each head).
-    pub(crate) fn new(slopes: Option<&[f32]>, tokens: usize, past: usize) -> Result<Self> {
-        let keys = past + tokens;
-        // A bias that is constant over the keys changes no softmax, so a key's absolute position
-        // serves every query.
-        let alibi = slopes.map(|slopes| {
-            let bias = slopes.iter().flat_map(|slope| (0..keys).map(move |key| slope * key as f32)).collect();
-            Tensor::from_vec(bias, (slopes.len(), 1, keys), &Device::Cpu)
-        });
-        let causal = (tokens > 1).then(|| {
-            let row = |query| (0..keys).map(move |key| if key <= past + query { 0.0 } else { f32::MIN });
-            Tensor::from_vec((0..tokens).flat_map(row).collect::<Vec<f32>>(), (tokens, keys), &Device::Cpu)
-        });
-        Ok(Self { alibi: alibi.transpose()?, causal: causal.transpose()? })
-    }
-}
-
-/// Appends keys and values to the cache, and lets the queries attend to all it holds:
-/// softmax(q k^T / sqrt(head_dim) + bias) v. Queries, keys and values are (batch, heads, tokens,
-/// head_dim), the result is (batch, tokens, heads * head_dim).
+/// Appends keys and values to the cache, and lets every query attend to what is there up to its own
+/// position: softmax(q k^T / sqrt(head_dim) + alibi) v. Queries, keys and values are (batch, heads,
+/// tokens, head_dim), the result is (batch, tokens, heads * head_dim); ALiBi comes by a slope for
+/// each head, or not at all.
 pub(crate) fn attend(
     queries: &Tensor,
     keys: &Tensor,
     values: &Tensor,
-    bias: &AttentionBias,
+    slopes: Option<&[f32]>,
     cache: LayerCache,
 ) -> Result<Tensor> {
     let (keys, values) = cache.cache.append(cache.index, keys, values)?;
-    let scale = 1.0 / (queries.dim(3)? as f64).sqrt();
-    let mut scores = (queries * scale)?.contiguous()?.matmul(&keys.t()?)?;
-    for bias in [&bias.alibi, &bias.causal].into_iter().flatten() {
-        scores = scores.broadcast_add(bias)?;
-    }
-    let context = softmax_last_dim(&scores)?.matmul(&values)?;
+    let (_, _, tokens, head_dim) = queries.dims4()?;
+    let past = keys.dim(2)? - tokens;
+    let queries = (queries * (1.0 / (head_dim as f64).sqrt()))?.contiguous()?;
+    let chunks = (0..tokens).step_by(QUERIES_PER_CHUNK).map(|first| {
+        let len = QUERIES_PER_CHUNK.min(tokens - first);
+        let visible = past + first + len;
+        let (keys, values) = (keys.narrow(2, 0, visible)?, values.narrow(2, 0, visible)?);
+        let scores = queries.narrow(2, first, len)?.contiguous()?.matmul(&keys.t()?)?;
+        scores.inplace_op1(&CausalSoftmax { slopes, past: past + first })?;
+        scores.matmul(&values)
+    });
+    let context = Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 2)?;
     context.transpose(1, 2)?.flatten_from(2)
+}
+
+/// Turns scores (batch, heads, queries, keys) into weights: row by row the softmax over the keys up
+/// to the query's own position, 0 for the later ones.
+struct CausalSoftmax<'a> {
+    /// ALiBi adds slope * key position to a score. What is constant over the keys changes no
+    /// softmax, so the key's absolute position serves every query.
+    slopes: Option<&'a [f32]>,
+    /// The keys before the first query's own.
+    past: usize,
+}
+
+impl InplaceOp1 for CausalSoftmax<'_> {
+    fn name(&self) -> &'static str {
+        "causal-softmax"
+    }
+
+    fn cpu_fwd(&self, scores: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (_, heads, queries, keys) = layout.shape().dims4()?;
+        let (CpuStorage::F32(scores), Some((start, end))) = (scores, layout.contiguous_offsets()) else {
+            bail!("causal softmax: scores must be contiguous F32")
+        };
+        scores[start..end].par_chunks_mut(keys).enumerate().with_min_len(4).for_each(|(row, scores)| {
+            let (head, query) = (row / queries % heads, row % queries);
+            let (seen, later) = scores.split_at_mut(self.past + query + 1);
+            if let Some(slopes) = self.slopes {
+                let slope = slopes[head];
+                seen.iter_mut().enumerate().for_each(|(key, score)| *score += slope * key as f32);
+            }
+            let max = seen.iter().fold(f32::NEG_INFINITY, |max, &score| max.max(score));
+            seen.iter_mut().for_each(|score| *score = (*score - max).exp());
+            let sum: f32 = seen.iter().sum();
+            seen.iter_mut().for_each(|weight| *weight /= sum);
+            later.fill(0.0);
+        });
+        Ok(())
+    }
 }
 
 /// ALiBi's slope for each head (Press et al. 2021, arXiv 2108.12409; `build_alibi_tensor` in
@@ -156,6 +175,8 @@ pub(crate) fn alibi_slopes(num_heads: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     #[test]
@@ -166,6 +187,25 @@ mod tests {
         assert_eq!(slopes[8..], between);
         assert_eq!(alibi_slopes(112).len(), 112);
         assert_eq!(alibi_slopes(1), [2f32.powi(-8)]);
+    }
+
+    #[test]
+    fn long_prompts_attend_in_chunks_as_if_at_once() -> Result<()> {
+        let (heads, tokens, head_dim) = (3, 2 * QUERIES_PER_CHUNK + 7, 8);
+        let tensor = || Tensor::randn(0f32, 1.0, (2, heads, tokens, head_dim), &Device::Cpu);
+        let (queries, keys, values) = (tensor()?, tensor()?, tensor()?);
+        let slopes = alibi_slopes(heads);
+        let mut whole = KvCache::new(1);
+        let found = attend(&queries, &keys, &values, Some(&slopes), whole.layer(0))?;
+        // One token at a time: no later key is ever there, and each chunk is a single query.
+        let mut cache = KvCache::new(1);
+        for token in 0..tokens {
+            let one = |tensor: &Tensor| tensor.narrow(2, token, 1);
+            let step = attend(&one(&queries)?, &one(&keys)?, &one(&values)?, Some(&slopes), cache.layer(0))?;
+            let difference = (step - found.narrow(1, token, 1)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(difference < 1e-5, "token {token}: {difference}");
+        }
+        Ok(())
     }
 
     #[test]

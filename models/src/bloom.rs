@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{LayerNorm, Module};
 
-use crate::attention::{AttentionBias, KvCache, LayerCache, alibi_slopes, attend};
+use crate::attention::{KvCache, LayerCache, alibi_slopes, attend};
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
@@ -99,12 +99,8 @@ impl CausalLm for Bloom {
         self.word_embeddings_layernorm.forward(&self.word_embeddings.lookup(tokens)?)
     }
 
-    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias> {
-        AttentionBias::new(Some(&self.slopes), tokens, past)
-    }
-
-    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor> {
-        self.h[index].forward(hidden, bias, cache.layer(index))
+    fn block(&self, index: usize, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.h[index].forward(hidden, &self.slopes, cache.layer(index))
     }
 
     fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -137,10 +133,10 @@ impl Block {
     }
 
     /// (batch, tokens, hidden) to the same.
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(hidden)?;
         let residual = if self.residual_after_layernorm { &normed } else { hidden };
-        let hidden = (residual + self.self_attention.forward(&normed, bias, cache)?)?;
+        let hidden = (residual + self.self_attention.forward(&normed, slopes, cache)?)?;
         let normed = self.post_attention_layernorm.forward(&hidden)?;
         let residual = if self.residual_after_layernorm { &normed } else { &hidden };
         residual + self.mlp.forward(&normed)?
@@ -165,14 +161,14 @@ impl Attention {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
         let (batch, tokens, _) = hidden.dims3()?;
         // The rows of query_key_value are head-major: each head's query, key and value in turn.
         let fused = self.query_key_value.forward(hidden)?;
         let fused = fused.reshape((batch, tokens, self.num_heads, 3, self.head_dim))?;
         // (batch, heads, tokens, head_dim)
         let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
-        self.dense.forward(&attend(&part(0)?, &part(1)?, &part(2)?, bias, cache)?)
+        self.dense.forward(&attend(&part(0)?, &part(1)?, &part(2)?, Some(slopes), cache)?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{D, Result, Tensor};
 
-use crate::attention::{AttentionBias, KvCache};
+use crate::attention::KvCache;
 
 /// A decoder-only language model: an embedding, blocks, a final norm and a head.
 ///
@@ -22,12 +22,9 @@ pub trait CausalLm: Send + Sync {
     /// that follow `past` tokens.
     fn embed(&self, tokens: &Tensor, past: usize) -> Result<Tensor>;
 
-    /// What is added to the attention scores of `tokens` new tokens that follow `past` others.
-    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias>;
-
     /// The output of block `index` (batch, tokens, hidden); appends the block's keys and values to
     /// the cache.
-    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor>;
+    fn block(&self, index: usize, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor>;
 
     /// What goes into the head: the last block's output (.., hidden), normed.
     fn final_norm(&self, hidden: &Tensor) -> Result<Tensor>;
@@ -38,11 +35,9 @@ pub trait CausalLm: Send + Sync {
     /// The normed hidden states (batch, tokens, hidden) of token ids (batch, tokens) in `U32` that
     /// follow what is in the cache.
     fn hidden_states(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        let (past, (_, new)) = (cache.len(), tokens.dims2()?);
-        let bias = self.attention_bias(new, past)?;
-        let mut hidden = self.embed(tokens, past)?;
+        let mut hidden = self.embed(tokens, cache.len())?;
         for index in 0..self.num_layers() {
-            hidden = self.block(index, &hidden, &bias, cache)?;
+            hidden = self.block(index, &hidden, cache)?;
         }
         self.final_norm(&hidden)
     }

@@ -36,7 +36,7 @@ mod precision;
 mod text;
 mod weights;
 
-pub use attention::{AttentionBias, KvCache};
+pub use attention::KvCache;
 pub use causal_lm::CausalLm;
 pub use error::{Error, Result};
 pub use folder::ModelFolder;

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{LayerNorm, Module};
 
-use crate::attention::{AttentionBias, KvCache, LayerCache, attend};
+use crate::attention::{KvCache, LayerCache, attend};
 use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
@@ -177,12 +177,8 @@ impl CausalLm for Opt {
         hidden.broadcast_add(&self.embed_positions.lookup(&positions)?)
     }
 
-    fn attention_bias(&self, tokens: usize, past: usize) -> Result<AttentionBias> {
-        AttentionBias::new(None, tokens, past)
-    }
-
-    fn block(&self, index: usize, hidden: &Tensor, bias: &AttentionBias, cache: &mut KvCache) -> Result<Tensor> {
-        self.layers[index].forward(hidden, bias, cache.layer(index))
+    fn block(&self, index: usize, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.layers[index].forward(hidden, cache.layer(index))
     }
 
     fn final_norm(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -226,8 +222,8 @@ impl Block {
     }
 
     /// (batch, tokens, hidden) to the same.
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
-        let attention = |x: &Tensor| self.self_attn.forward(x, bias, cache);
+    fn forward(&self, hidden: &Tensor, cache: LayerCache) -> Result<Tensor> {
+        let attention = |x: &Tensor| self.self_attn.forward(x, cache);
         let hidden = self.with_residual(hidden, &self.self_attn_layer_norm, attention)?;
         let mlp = |x: &Tensor| self.fc2.forward(&self.activation.forward(&self.fc1.forward(x)?)?);
         self.with_residual(&hidden, &self.final_layer_norm, mlp)
@@ -267,12 +263,12 @@ impl Attention {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, bias: &AttentionBias, cache: LayerCache) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, cache: LayerCache) -> Result<Tensor> {
         let (batch, tokens, _) = hidden.dims3()?;
         let projected = self.projections.forward(hidden)?;
         let projected = projected.reshape((batch, tokens, 3, self.num_heads, self.head_dim))?;
         // (batch, heads, tokens, head_dim)
         let part = |index| projected.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
-        self.out_proj.forward(&attend(&part(0)?, &part(1)?, &part(2)?, bias, cache)?)
+        self.out_proj.forward(&attend(&part(0)?, &part(1)?, &part(2)?, None, cache)?)
     }
 }
