@@ -37,7 +37,7 @@ fn a_model_that_is_no_folder() {
 fn a_config_that_is_missing_or_not_json() {
     let folder = copy_of(SMALL, "config-missing");
     fs::remove_file(folder.join("config.json")).unwrap();
-    check_model(&folder, &["config.json: no such file"]);
+    check_model(&folder, &["config.json: no such file", "hint: is this the folder of a Hugging Face model?"]);
     fs::write(folder.join("config.json"), "{\"model_type\": ").unwrap();
     check_model(&folder, &["config.json: is not JSON"]);
     fs::write(folder.join("config.json"), "[1, 2]").unwrap();
@@ -51,6 +51,31 @@ fn with_config(copy: &str, key: &str, value: serde_json::Value) -> PathBuf {
     config[key] = value;
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     folder
+}
+
+#[test]
+fn files_that_are_no_plain_files() {
+    let folder = copy_of(SMALL, "not-plain");
+    let not_plain = |name: &str| {
+        fs::remove_file(folder.join(name)).unwrap();
+        fs::create_dir(folder.join(name)).unwrap();
+        check_model(&folder, &[name, "is not a plain file"]);
+        fs::remove_dir(folder.join(name)).unwrap();
+        fs::copy(fixtures().join(SMALL).join(name), folder.join(name)).unwrap();
+    };
+    not_plain("config.json");
+    not_plain("model.safetensors");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+    fs::write(folder.join("model.safetensors"), pointer).unwrap();
+    check_model(&folder, &["model.safetensors: is a Git LFS pointer", "hint: run `git lfs pull`"]);
+    fs::write(folder.join("config.json"), pointer).unwrap();
+    check_model(&folder, &["config.json: is a Git LFS pointer"]);
+}
+
+#[test]
+fn control_characters_in_names_are_escaped() {
+    let folder = with_config("escapes", "model_type", "a\nerror: b\u{1b}[31m".into());
+    check_model(&folder, &["architecture `a\\nerror: b\\u{1b}[31m` is not supported"]);
 }
 
 #[test]
@@ -70,6 +95,12 @@ fn a_config_whose_sizes_make_no_sense_or_contradict_the_tensors() {
         ),
         ("vocab_size", u64::MAX.into(), "`vocab_size` is 18446744073709551615, wanted a whole number from 1"),
         ("n_layer", 3.into(), "tensor `transformer.h.2.input_layernorm.weight`: not found"),
+        (
+            "n_layer",
+            1.into(),
+            "tensor `transformer.h.1.input_layernorm.bias`: is of one block more than the 1 that config.json calls for",
+        ),
+        ("layer_norm_epsilon", 1e300.into(), "`layer_norm_epsilon` is 1e+300, wanted a number above 0"),
         ("n_layer", "two".into(), "`n_layer` is \"two\", wanted a whole number"),
         ("n_layer", serde_json::Value::Null, "`num_hidden_layers` or `n_layer` is missing"),
         ("n_head", 5.into(), "hidden size 32 is not a multiple of 5 heads"),
@@ -198,6 +229,20 @@ fn a_pickle_that_makes_no_sense() {
 }
 
 #[test]
+fn a_pickle_that_names_large_things_again_and_again() {
+    // A name of 1 MiB and a shape of 200,000 dimensions, kept once and used 20,000 times.
+    let name = [&b"\x80\x02}X\x00\x00\x10\x00"[..], &[b'a'; 1 << 20], b"q\x00"].concat();
+    let names = [&name[..], &b"h\x00Ns".repeat(20_000), b"."].concat();
+    check_model(&with_bin("pickle-names", &names, &[]), &["its pickle has a name of 1048576 bytes"]);
+    let mut shape = b"\x80\x02(".to_vec();
+    shape.extend(b"K\x01".repeat(200_000));
+    shape.extend(b"tq\x000ctorch._utils\n_rebuild_tensor_v2\nq\x01((");
+    shape.extend(b"X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQq\x02");
+    shape.extend(b"K\x00h\x00h\x00tR.");
+    check_model(&with_bin("pickle-shapes", &shape, &[]), &["its pickle has a tensor of 200000 dimensions"]);
+}
+
+#[test]
 fn a_pickled_tensor_that_does_not_fit_its_storage() {
     let (whole, storages) = embedding();
     let name = whole.name.clone();
@@ -256,7 +301,7 @@ fn a_bin_file_that_is_truncated_compressed_or_something_else() {
 
 #[test]
 fn any_damage_to_a_bin_file_is_an_error_and_never_a_panic() {
-    // Every byte of the pickle and of the zip's directory in turn; a change may also do no harm.
+    // Bytes all over the pickle and the zip's directory; a change may also do no harm.
     let folder = copy_of("random/bloom-bin", "bin-flipped");
     let file = folder.join("pytorch_model.bin");
     let whole = fs::read(&file).unwrap();
@@ -289,6 +334,8 @@ fn an_index_that_does_not_fit_its_shards() {
     check_model(&folder, &[index, "wanted the name of a file in this folder"]);
     write(&|shards| shards["weight_map"] = 7.into());
     check_model(&folder, &[index, "`weight_map` is missing"]);
+    write(&|shards| shards["weight_map"] = serde_json::json!({}));
+    check_model(&folder, &[index, "`weight_map` names no tensor"]);
     write(&|_| ());
     fs::remove_file(folder.join(&first)).unwrap();
     check_model(&folder, &[&format!("{first}: no such file"), "names this shard"]);
@@ -411,8 +458,12 @@ fn a_module_name_that_matches_nothing() {
 
 #[test]
 fn wrong_usage_has_exit_code_2() {
-    let cases: [&[&str]; 9] = [
+    let cases: [&[&str]; 13] = [
         &["generate", "x", "--temperature", "-1"],
+        &["generate", "x", "--temperature", "1e46"],
+        &["generate", "x", "--top-p", "1e-50"],
+        &["generate", "x", "--repetition-penalty", "1e-45"],
+        &["generate", "x", "--threshold", "1e-50"],
         &["generate", "x", "--temperature", "nan"],
         &["generate", "x", "--top-p", "0"],
         &["generate", "x", "--top-k", "-1"],

@@ -70,7 +70,7 @@ fn every_instruction_set_writes_the_same_text() {
     };
     let portable = text("portable").unwrap();
     assert!(portable.len() > 48);
-    for name in ["avx2", "avx-vnni", "avx512-vnni", "neon-dotprod"] {
+    for name in ["avx2", "avx-vnni", "avx512-vnni-256", "avx512-vnni", "neon-dotprod"] {
         match text(name) {
             Ok(found) => assert_eq!(found, portable, "{name}"),
             Err(error) => assert!(error.contains("is not available here"), "{error}"),
@@ -147,7 +147,7 @@ fn a_repetition_penalty_ends_repetition() {
         ids.len()
     };
     assert!(ids("1") < 12);
-    assert_eq!(ids("1e9"), 24);
+    assert_eq!(ids("100"), 24);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_model_without_a_tokenizer_answers_in_ids() {
     let folder = model("random/bloom-residual").display().to_string();
     let args = ["generate", "-m", &folder, "--prompt-ids", "5,6,7", "-n", "4", "-q"];
     let text = stdout(&succeeds(&args));
-    let ids: Vec<u32> = text.split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let ids: Vec<u32> = text.trim_end().split(',').map(|id| id.parse().unwrap()).collect();
     assert_eq!(ids, fixtures::ids(&json_of(&[&args[..], &["--json"]].concat())["ids"]));
 }
 
@@ -187,6 +187,44 @@ fn a_closed_pipe_is_a_clean_exit() {
     // The pipe's reading end is closed now.
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn json_to_a_closed_pipe_is_a_clean_exit_too() {
+    let args = ["generate", "Debian", "-n", "600", "--ignore-eos", "--json", "-q"];
+    let mut child = llm8(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn where_nobody_reads_stderr_the_text_still_comes() {
+    let args = ["generate", "Debian", "-n", "4", "--verbose"];
+    let mut child = llm8(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(!output.stdout.is_empty());
+    let mut child = llm8(&["generate", "-m", "no/such/model", "x"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_long_prompt_too() {
+    // The signal most likely comes while the prompt is run; if the machine is faster, while text is.
+    let ids = comma_separated(&vec![404; 6000]);
+    let args = ["generate", "--prompt-ids", &ids, "--json", "-q", "-n", "1000000", "--ignore-eos"];
+    let mut child = llm8(&args).stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let mut text = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["finish_reason"], "interrupted");
 }
 
 #[cfg(unix)]
@@ -208,7 +246,10 @@ fn ctrl_c_ends_the_text_and_the_exit_code_is_130() {
 #[test]
 fn help_names_every_flag_and_the_version_is_told() {
     let help = stdout(&succeeds(&["generate", "--help"]));
-    for flag in ["--model", "--precision", "--threshold", "--skip-module", "--int8-head", "--device", "--threads"] {
+    let model = ["--model", "--precision", "--threshold", "--skip-module", "--int8-head", "--device", "--threads"];
+    let sampling = ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty", "--seed"];
+    let rest = ["--ignore-eos", "--prompt-file", "--prompt-ids", "--json", "--quiet", "--verbose", "--instruction-set"];
+    for flag in model.iter().chain(&sampling).chain(&rest) {
         assert!(help.contains(flag), "{flag}");
     }
     assert!(stdout(&succeeds(&["--version"])).starts_with("llm8 "));

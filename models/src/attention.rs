@@ -11,12 +11,11 @@ pub struct KvCache {
     len: usize,
 }
 
-/// One layer's keys and values, (batch, heads, capacity, head_dim) each, and how many are filled.
+/// One layer's keys and values, (batch, heads, capacity, head_dim) each.
 #[derive(Debug)]
 struct Layer {
     keys: Tensor,
     values: Tensor,
-    len: usize,
 }
 
 /// Tokens that a cache has room for at first.
@@ -26,6 +25,11 @@ impl KvCache {
     /// An empty cache for a model of `num_layers` blocks; memory is taken as tokens come.
     pub fn new(num_layers: usize) -> Self {
         Self { layers: (0..num_layers).map(|_| None).collect(), len: 0 }
+    }
+
+    /// The number of layers that it is for.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
     }
 
     /// The number of tokens whose keys and values every layer holds.
@@ -56,10 +60,10 @@ impl KvCache {
     fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, heads, tokens, head_dim) = keys.dims4()?;
         let Some(layer) = self.layers.get_mut(index) else {
-            bail!("the cache has {} layers, but the model has more", self.layers.len())
+            bail!("the cache is for {} layers, but the model has more", self.layers.len())
         };
-        let past = layer.as_ref().map_or(0, |layer| layer.len);
-        let len = past + tokens;
+        // A pass that failed half-way has not moved `len`: what it left is written over.
+        let (past, len) = (self.len, self.len + tokens);
         let with_room = |held: Option<&Tensor>, capacity: usize| -> Result<Tensor> {
             let tensor = Tensor::zeros((batch, heads, capacity, head_dim), keys.dtype(), keys.device())?;
             if let Some(held) = held {
@@ -67,24 +71,23 @@ impl KvCache {
             }
             Ok(tensor)
         };
-        let layer = match layer {
-            Some(held) if held.keys.dim(2)? >= len => held,
-            _ => {
-                let capacity = len.next_multiple_of(FIRST_CAPACITY).max(2 * past);
-                let keys = with_room(layer.as_ref().map(|held| &held.keys), capacity)?;
-                let values = with_room(layer.as_ref().map(|held| &held.values), capacity)?;
-                layer.insert(Layer { keys, values, len: past })
-            }
+        if layer.as_ref().is_none_or(|held| held.keys.dims()[2] < len) {
+            let capacity = len.next_multiple_of(FIRST_CAPACITY).max(2 * past);
+            *layer = Some(Layer {
+                keys: with_room(layer.as_ref().map(|held| &held.keys), capacity)?,
+                values: with_room(layer.as_ref().map(|held| &held.values), capacity)?,
+            });
+        }
+        let Some(Layer { keys: all_keys, values: all_values }) = layer else {
+            bail!("layer {index} of the cache is empty")
         };
-        layer.keys.slice_set(&keys.contiguous()?, 2, past)?;
-        layer.values.slice_set(&values.contiguous()?, 2, past)?;
-        layer.len = len;
+        all_keys.slice_set(&keys.contiguous()?, 2, past)?;
+        all_values.slice_set(&values.contiguous()?, 2, past)?;
+        let all = (all_keys.narrow(2, 0, len)?, all_values.narrow(2, 0, len)?);
         if index + 1 == self.layers.len() {
             self.len = len;
         }
-        let layer = self.layers[index].as_ref();
-        let Some(Layer { keys, values, .. }) = layer else { bail!("layer {index} of the cache is empty") };
-        Ok((keys.narrow(2, 0, len)?, values.narrow(2, 0, len)?))
+        Ok(all)
     }
 }
 
@@ -97,6 +100,8 @@ pub(crate) struct LayerCache<'a> {
 /// Queries that attend at a time: scores take (heads, this, context) and not (heads, prompt, prompt),
 /// and keys that come after all of them are left out.
 const QUERIES_PER_CHUNK: usize = 128;
+/// Scores that are in memory at a time, where a query's own do not take more.
+const MAX_SCORES: usize = 1 << 24;
 
 /// Appends keys and values to the cache, and lets every query attend to what is there up to its own
 /// position: softmax(q k^T / sqrt(head_dim) + alibi) v. Queries, keys and values are (batch, heads,
@@ -110,11 +115,12 @@ pub(crate) fn attend(
     cache: LayerCache,
 ) -> Result<Tensor> {
     let (keys, values) = cache.cache.append(cache.index, keys, values)?;
-    let (_, _, tokens, head_dim) = queries.dims4()?;
+    let (batch, heads, tokens, head_dim) = queries.dims4()?;
     let past = keys.dim(2)? - tokens;
+    let per_chunk = (MAX_SCORES / (batch * heads * (past + tokens))).clamp(1, QUERIES_PER_CHUNK);
     let queries = (queries * (1.0 / (head_dim as f64).sqrt()))?.contiguous()?;
-    let chunks = (0..tokens).step_by(QUERIES_PER_CHUNK).map(|first| {
-        let len = QUERIES_PER_CHUNK.min(tokens - first);
+    let chunks = (0..tokens).step_by(per_chunk).map(|first| {
+        let len = per_chunk.min(tokens - first);
         let visible = past + first + len;
         let (keys, values) = (keys.narrow(2, 0, visible)?, values.narrow(2, 0, visible)?);
         let scores = queries.narrow(2, first, len)?.contiguous()?.matmul(&keys.t()?)?;

@@ -29,22 +29,18 @@ struct Shape {
 
 impl Shape {
     fn read(config: &Config) -> error::Result<Self> {
-        let shape = Self {
+        // Published configs use either name; where both stand, the reference takes the first.
+        let hidden_size = config.size(&["n_embed", "hidden_size"])?;
+        Ok(Self {
             vocab_size: config.size(&["vocab_size"])?,
-            // Published configs use either name; where both stand, the reference takes the first.
-            hidden_size: config.size(&["n_embed", "hidden_size"])?,
+            hidden_size,
             num_layers: config.size(&["num_hidden_layers", "n_layer"])?,
-            num_heads: config.size(&["num_attention_heads", "n_head"])?,
+            num_heads: config.heads(&["num_attention_heads", "n_head"], hidden_size)?,
             layer_norm_epsilon: config.positive("layer_norm_epsilon", 1e-5)?,
             residual_after_layernorm: config.flag("apply_residual_connection_post_layernorm", false)?,
             tie_word_embeddings: config.flag("tie_word_embeddings", true)?,
             output_biases: !(config.flag("slow_but_exact", false)? && config.positive("pretraining_tp", 1.0)? > 1.0),
-        };
-        if !shape.hidden_size.is_multiple_of(shape.num_heads) {
-            let (hidden, heads) = (shape.hidden_size, shape.num_heads);
-            return Err(config.problem(format!("hidden size {hidden} is not a multiple of {heads} heads")));
-        }
-        Ok(shape)
+        })
     }
 }
 
@@ -71,8 +67,9 @@ impl Bloom {
         Ok(Self {
             word_embeddings: weights.pp("word_embeddings").embedding(shape.vocab_size, hidden)?,
             word_embeddings_layernorm: weights.pp("word_embeddings_layernorm").layer_norm(hidden, eps)?,
-            h: (0..shape.num_layers)
-                .map(|index| Block::load(&shape, &weights.pp("h").pp(index)))
+            h: weights
+                .blocks("h", shape.num_layers)?
+                .map(|weights| Block::load(&shape, &weights))
                 .collect::<error::Result<_>>()?,
             ln_f: weights.pp("ln_f").layer_norm(hidden, eps)?,
             lm_head: if shape.tie_word_embeddings { None } else { Some(lm_head()?) },

@@ -1,6 +1,6 @@
 //! What every causal language model here is made of.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use crate::attention::KvCache;
 
@@ -33,24 +33,37 @@ pub trait CausalLm: Send + Sync {
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
     /// The normed hidden states (batch, tokens, hidden) of token ids (batch, tokens) in `U32` that
-    /// follow what is in the cache.
-    fn hidden_states(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+    /// follow what is in the cache; `None` when `is_interrupted`, asked before every block, ends the
+    /// pass, which leaves the cache as it was.
+    fn hidden_states(
+        &self,
+        tokens: &Tensor,
+        cache: &mut KvCache,
+        is_interrupted: fn() -> bool,
+    ) -> Result<Option<Tensor>> {
+        let (layers, held) = (self.num_layers(), cache.num_layers());
+        if layers != held {
+            bail!("the model has {layers} layers, but the cache is for {held}");
+        }
+        if tokens.elem_count() == 0 {
+            bail!("no tokens: a pass needs at least one");
+        }
         let mut hidden = self.embed(tokens, cache.len())?;
-        for index in 0..self.num_layers() {
+        for index in 0..layers {
+            if is_interrupted() {
+                return Ok(None);
+            }
             hidden = self.block(index, &hidden, cache)?;
         }
-        self.final_norm(&hidden)
+        self.final_norm(&hidden).map(Some)
     }
 
-    /// The logits (batch, tokens, vocabulary) at every position.
+    /// The logits (batch, tokens, vocabulary) at every position of token ids (batch, tokens) in `U32`
+    /// that follow what is in the cache.
     fn forward(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        self.head(&self.hidden_states(tokens, cache)?)
-    }
-
-    /// The logits (batch, vocabulary) after the last token: the head runs on one position only.
-    fn forward_last(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        let hidden = self.hidden_states(tokens, cache)?;
-        let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?;
-        self.head(&last)?.squeeze(D::Minus2)
+        match self.hidden_states(tokens, cache, || false)? {
+            Some(hidden) => self.head(&hidden),
+            None => bail!("the pass was interrupted"),
+        }
     }
 }

@@ -107,6 +107,9 @@ impl Checkpoint {
         let Some(weight_map) = json.get("weight_map").and_then(Value::as_object) else {
             return Err(folder.problem(index, "`weight_map` is missing, wanted an object of tensor names".to_string()));
         };
+        if weight_map.is_empty() {
+            return Err(folder.problem(index, "`weight_map` names no tensor".to_string()));
+        }
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
         let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
         for (name, shard) in weight_map {
@@ -146,6 +149,12 @@ impl Checkpoint {
     pub(crate) fn tensor(&self, name: &str) -> Option<RawTensor<'_>> {
         let (name, file) = self.tensors.get_key_value(name)?;
         self.files[*file].tensor(name)
+    }
+
+    /// The first tensor whose full name begins with `prefix`.
+    pub(crate) fn first_below(&self, prefix: &str) -> Option<RawTensor<'_>> {
+        let (name, _) = self.tensors.range(prefix.to_string()..).next()?;
+        if name.starts_with(prefix) { self.tensor(name) } else { None }
     }
 
     /// The file that a message about a tensor that is not there should name.

@@ -26,8 +26,14 @@ impl Config {
         match folder.read_json(Self::FILE)? {
             Some(Value::Object(values)) => Ok(Self { file, values }),
             Some(_) => Err(folder.problem(Self::FILE, "is not a JSON object".to_string())),
-            None => Err(Error::MissingFile { file, hint: "is this the folder of a Hugging Face model?".to_string() }),
+            None => Err(Self::missing(folder)),
         }
+    }
+
+    /// The error of a folder without a config.json.
+    pub(crate) fn missing(folder: &ModelFolder) -> Error {
+        let hint = "is this the folder of a Hugging Face model?".to_string();
+        Error::MissingFile { file: folder.file(Self::FILE), hint }
     }
 
     /// `model_type`, or the first of `architectures` where there is none.
@@ -58,6 +64,15 @@ impl Config {
         }
     }
 
+    /// A number of attention heads, which must divide the hidden size.
+    pub(crate) fn heads(&self, keys: &[&str], hidden_size: usize) -> Result<usize> {
+        let heads = self.size(keys)?;
+        if !hidden_size.is_multiple_of(heads) {
+            return Err(self.problem(format!("hidden size {hidden_size} is not a multiple of {heads} heads")));
+        }
+        Ok(heads)
+    }
+
     /// One of the texts in `choices`; the first when there is none.
     pub(crate) fn choice<'k>(&self, key: &str, choices: &[&'k str]) -> Result<&'k str> {
         let Some((_, value)) = self.value(&[key]) else { return Ok(choices[0]) };
@@ -78,12 +93,12 @@ impl Config {
         }
     }
 
-    /// A finite number above 0.
+    /// A finite number above 0, in f32 too.
     pub(crate) fn positive(&self, key: &str, default: f64) -> Result<f64> {
         match self.value(&[key]) {
             None => Ok(default),
             Some((_, value)) => match value.as_f64() {
-                Some(number) if number > 0.0 && number.is_finite() => Ok(number),
+                Some(number) if number as f32 > 0.0 && (number as f32).is_finite() => Ok(number),
                 _ => Err(self.problem(format!("`{key}` is {value}, wanted a number above 0"))),
             },
         }
@@ -102,7 +117,7 @@ impl Config {
 
     /// An error about this file.
     pub(crate) fn problem(&self, problem: String) -> Error {
-        Error::File { file: self.file.clone(), problem }
+        Error::File { file: self.file.clone(), problem, hint: None }
     }
 
     /// The same lookups in generation_config.json, if there is one.

@@ -31,6 +31,8 @@ pub enum Error {
         file: PathBuf,
         /// What was found and what was wanted.
         problem: String,
+        /// What to do, where there is something.
+        hint: Option<String>,
     },
     /// The model is of an architecture that this crate does not have.
     #[error("{file}: architecture `{found}` is not supported")]
@@ -76,11 +78,14 @@ pub enum Error {
         /// The positions of the model.
         positions: usize,
     },
+    /// An option of generation is out of its range.
+    #[error("{0}")]
+    Option(String),
     /// The model's output is unusable.
     #[error("the model's output is {0}")]
     Output(String),
     /// A tensor operation failed.
-    #[error(transparent)]
+    #[error("{}", first_line(.0))]
     Candle(#[from] candle_core::Error),
 }
 
@@ -88,18 +93,23 @@ impl Error {
     /// What to do about the error, where there is something to say.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Folder { .. } => {
-                Some("give the folder that holds the model's config.json, tokenizer and weights".to_string())
-            }
+            Self::Folder { .. } => Some(
+                "give the folder of a model that has been downloaded: config.json, tokenizer and weights".to_string(),
+            ),
             Self::MissingFile { hint, .. } => Some(hint.clone()),
             Self::Architecture { supported, .. } => Some(format!("supported architectures: {supported}")),
-            Self::Tensor { hint, .. } => hint.clone(),
+            Self::Tensor { hint, .. } | Self::File { hint, .. } => hint.clone(),
             Self::SkipModule { examples, .. } => Some(format!("modules of this model: {examples}")),
             Self::Output(_) => Some("a weight or the checkpoint may be damaged; try --precision f32".to_string()),
             Self::PromptTooLong { .. } => {
                 Some("give a shorter prompt: the model was not made for longer texts".to_string())
             }
-            Self::File { .. } | Self::Tokenizer(_) | Self::Prompt(_) | Self::Candle(_) => None,
+            Self::Tokenizer(_) | Self::Prompt(_) | Self::Option(_) | Self::Candle(_) => None,
         }
     }
+}
+
+/// A Candle error's message without the backtrace that may follow it.
+pub(crate) fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
 }

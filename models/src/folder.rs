@@ -2,13 +2,17 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::config::Config;
 use crate::error::{Error, Result};
+
+/// The most that a config, an index or a tokenizer may take; the largest published one has 15 MB.
+const MAX_SMALL_FILE: u64 = 1 << 28;
 
 /// Where a model's files are.
 #[derive(Debug, Clone)]
@@ -37,11 +41,14 @@ impl Deref for Bytes {
 }
 
 impl ModelFolder {
-    /// The folder at `path`; an error when there is none.
+    /// The folder at `path`; an error when there is none, or when it holds no config.json.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let problem = match path.metadata() {
-            Ok(metadata) if metadata.is_dir() => return Ok(Self { path, embedded: None }),
+            Ok(metadata) if metadata.is_dir() => {
+                let folder = Self { path, embedded: None };
+                return if folder.has(Config::FILE) { Ok(folder) } else { Err(Config::missing(&folder)) };
+            }
             Ok(_) => "not a folder".to_string(),
             Err(error) if error.kind() == ErrorKind::NotFound => "no such folder".to_string(),
             Err(error) => error.to_string(),
@@ -65,10 +72,11 @@ impl ModelFolder {
         self.path.join(name)
     }
 
+    /// Whether there is anything of that name; opening it tells what.
     pub(crate) fn has(&self, name: &str) -> bool {
         match self.embedded {
             Some(files) => files.iter().any(|(file, _)| *file == name),
-            None => self.file(name).is_file(),
+            None => self.file(name).symlink_metadata().is_ok(),
         }
     }
 
@@ -77,11 +85,40 @@ impl ModelFolder {
         if let Some(files) = self.embedded {
             return Ok(files.iter().find(|(file, _)| *file == name).map(|(_, content)| Cow::Borrowed(*content)));
         }
-        match std::fs::read(self.file(name)) {
-            Ok(content) => Ok(Some(Cow::Owned(content))),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(self.problem(name, format!("cannot be read: {error}"))),
+        if !self.has(name) {
+            return Ok(None);
         }
+        let (mut file, len) = self.open_plain(name)?;
+        if len > MAX_SMALL_FILE {
+            return Err(self.problem(name, format!("has {len} bytes, wanted {MAX_SMALL_FILE} at most")));
+        }
+        let mut content = Vec::new();
+        file.read_to_end(&mut content).map_err(|error| self.unreadable(name, error))?;
+        self.check_lfs_pointer(name, &content)?;
+        Ok(Some(Cow::Owned(content)))
+    }
+
+    /// Opens a plain file, and tells its length: a pipe would wait for ever, and a device never end.
+    fn open_plain(&self, name: &str) -> Result<(File, u64)> {
+        let metadata = self.file(name).metadata().map_err(|error| self.unreadable(name, error))?;
+        if !metadata.is_file() {
+            return Err(self.problem(name, "is not a plain file".to_string()));
+        }
+        let file = File::open(self.file(name)).map_err(|error| self.unreadable(name, error))?;
+        Ok((file, metadata.len()))
+    }
+
+    fn unreadable(&self, name: &str, error: std::io::Error) -> Error {
+        self.problem(name, format!("cannot be read: {error}"))
+    }
+
+    /// A repository cloned without Git LFS has small texts in place of its large files.
+    fn check_lfs_pointer(&self, name: &str, content: &[u8]) -> Result<()> {
+        if !content.starts_with(b"version https://git-lfs.github.com/spec/") {
+            return Ok(());
+        }
+        let problem = "is a Git LFS pointer, not the file itself".to_string();
+        Err(self.problem_with_hint(name, problem, "run `git lfs pull` in the model's folder"))
     }
 
     /// A JSON file; `None` when there is no such file.
@@ -98,18 +135,24 @@ impl ModelFolder {
         if let Some(content) = self.embedded.and_then(|files| files.iter().find(|(file, _)| *file == name)) {
             return Ok(Bytes::Embedded(content.1));
         }
-        let unreadable = |error: std::io::Error| self.problem(name, format!("cannot be read: {error}"));
-        let file = File::open(self.file(name)).map_err(unreadable)?;
-        if file.metadata().map_err(unreadable)?.len() == 0 {
+        let (file, len) = self.open_plain(name)?;
+        if len == 0 {
             return Ok(Bytes::Embedded(&[]));
         }
         // SAFETY: the map is only read. Another program that shortened the file meanwhile would end
         // this one by a signal; checkpoints are written once, under another name, and then renamed.
-        Ok(Bytes::Mapped(unsafe { Mmap::map(&file) }.map_err(unreadable)?))
+        let bytes = Bytes::Mapped(unsafe { Mmap::map(&file) }.map_err(|error| self.unreadable(name, error))?);
+        self.check_lfs_pointer(name, &bytes)?;
+        Ok(bytes)
     }
 
     /// An error about a file of the folder.
     pub(crate) fn problem(&self, name: &str, problem: String) -> Error {
-        Error::File { file: self.file(name), problem }
+        Error::File { file: self.file(name), problem, hint: None }
+    }
+
+    /// An error about a file of the folder, and what to do.
+    pub(crate) fn problem_with_hint(&self, name: &str, problem: String, hint: &str) -> Error {
+        Error::File { file: self.file(name), problem, hint: Some(hint.to_string()) }
     }
 }

@@ -27,6 +27,8 @@ pub struct GenerateOptions {
     pub seed: u64,
     /// Ids that end the text; the one met is the last token.
     pub eos: Vec<u32>,
+    /// Asked before every token and every block: whether to end at once.
+    pub is_interrupted: fn() -> bool,
 }
 
 impl Default for GenerateOptions {
@@ -39,7 +41,34 @@ impl Default for GenerateOptions {
             repetition_penalty: 1.0,
             seed: 0,
             eos: Vec::new(),
+            is_interrupted: || false,
         }
+    }
+}
+
+impl GenerateOptions {
+    /// The highest temperature: far above, every token is as likely as another.
+    pub const MAX_TEMPERATURE: f64 = 100.0;
+    /// The lowest probability for `top_p`: below, the likeliest token alone is left.
+    pub const MIN_TOP_P: f64 = 1e-6;
+    /// The range of the repetition penalty.
+    pub const REPETITION_PENALTIES: std::ops::RangeInclusive<f32> = 0.01..=100.0;
+
+    /// An error when an option is out of its range.
+    fn check(&self) -> Result<()> {
+        if !(0.0..=Self::MAX_TEMPERATURE).contains(&self.temperature) {
+            let (found, max) = (self.temperature, Self::MAX_TEMPERATURE);
+            return Err(Error::Option(format!("the temperature is {found}, wanted 0 to {max}")));
+        }
+        if self.top_p.is_some_and(|top_p| !(Self::MIN_TOP_P..=1.0).contains(&top_p)) {
+            let (found, min) = (self.top_p.unwrap_or_default(), Self::MIN_TOP_P);
+            return Err(Error::Option(format!("top-p is {found}, wanted {min} to 1")));
+        }
+        if !Self::REPETITION_PENALTIES.contains(&self.repetition_penalty) {
+            let (found, (min, max)) = (self.repetition_penalty, Self::REPETITION_PENALTIES.into_inner());
+            return Err(Error::Option(format!("the repetition penalty is {found}, wanted {min} to {max}")));
+        }
+        Ok(())
     }
 }
 
@@ -50,14 +79,17 @@ pub enum FinishReason {
     Eos,
     /// As many tokens were made as were asked for, or as the model has positions for.
     Length,
+    /// [`GenerateOptions::is_interrupted`] said so.
+    Interrupted,
 }
 
 impl FinishReason {
-    /// `eos` or `length`.
+    /// `eos`, `length` or `interrupted`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Eos => "eos",
             Self::Length => "length",
+            Self::Interrupted => "interrupted",
         }
     }
 }
@@ -72,6 +104,7 @@ pub struct Generation<'a> {
     ids: Vec<u32>,
     prompt_len: usize,
     finish_reason: Option<FinishReason>,
+    has_failed: bool,
     prompt_duration: Duration,
     generation_duration: Duration,
 }
@@ -81,8 +114,10 @@ const MIN_TEMPERATURE: f64 = 1e-5;
 
 /// Starts generating after `prompt`; the prompt is run when the first token is asked for.
 ///
-/// Errors when the prompt is empty, holds an id outside the vocabulary, or leaves no position free.
+/// Errors when the prompt is empty, holds an id outside the vocabulary, or has more tokens than the
+/// model has positions, and when an option is out of its range.
 pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateOptions) -> Result<Generation<'a>> {
+    options.check()?;
     if prompt.is_empty() {
         return Err(Error::Prompt("is empty, wanted at least one token".to_string()));
     }
@@ -108,6 +143,7 @@ pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateO
         ids: prompt.to_vec(),
         prompt_len: prompt.len(),
         finish_reason: None,
+        has_failed: false,
         prompt_duration: Duration::ZERO,
         generation_duration: Duration::ZERO,
     })
@@ -139,20 +175,25 @@ impl Generation<'_> {
         self.cache.bytes()
     }
 
-    /// Runs the tokens that are not in the cache yet, and chooses the next.
-    fn step(&mut self) -> Result<u32> {
+    /// Runs the tokens that are not in the cache yet, and chooses the next; none when interrupted.
+    fn step(&mut self) -> Result<Option<u32>> {
         let new = &self.ids[self.cache.len()..];
         let tokens = Tensor::new(new, &Device::Cpu)?.unsqueeze(0)?;
-        let logits = self.model.forward_last(&tokens, &mut self.cache)?.squeeze(0)?;
-        let logits = apply_repeat_penalty(&logits, self.options.repetition_penalty, &self.ids)?;
-        let mut logits = logits.to_vec1::<f32>()?;
-        if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
+        let Some(hidden) = self.model.hidden_states(&tokens, &mut self.cache, self.options.is_interrupted)? else {
+            return Ok(None);
+        };
+        // The head runs on the last position only.
+        let logits = self.model.head(&hidden.narrow(1, hidden.dim(1)? - 1, 1)?)?.flatten_all()?;
+        let values = logits.to_vec1::<f32>()?;
+        if let Some(bad) = values.iter().find(|logit| !logit.is_finite()) {
             return Err(Error::Output(format!("{bad}, not a finite number")));
         }
+        let logits = apply_repeat_penalty(&logits, self.options.repetition_penalty, &self.ids)?;
+        let mut logits = logits.to_vec1::<f32>()?;
         if let (Some(top_k), true) = (self.options.top_k, self.options.temperature >= MIN_TEMPERATURE) {
             keep_top_k(&mut logits, top_k);
         }
-        Ok(self.processor.sample(&Tensor::new(logits, &Device::Cpu)?)?)
+        Ok(Some(self.processor.sample(&Tensor::new(logits, &Device::Cpu)?)?))
     }
 }
 
@@ -160,7 +201,7 @@ impl Iterator for Generation<'_> {
     type Item = Result<u32>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.finish_reason.is_some() {
+        if self.finish_reason.is_some() || self.has_failed {
             return None;
         }
         let is_full = self.model.max_positions().is_some_and(|positions| self.ids.len() > positions);
@@ -171,9 +212,13 @@ impl Iterator for Generation<'_> {
         let start = Instant::now();
         let is_prompt = self.cache.is_empty();
         let id = match self.step() {
-            Ok(id) => id,
+            Ok(Some(id)) => id,
+            Ok(None) => {
+                self.finish_reason = Some(FinishReason::Interrupted);
+                return None;
+            }
             Err(error) => {
-                self.finish_reason = Some(FinishReason::Length);
+                self.has_failed = true;
                 return Some(Err(error));
             }
         };

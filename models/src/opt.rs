@@ -43,13 +43,13 @@ impl Shape {
     fn read(config: &Config) -> error::Result<Self> {
         let hidden_size = config.size(&["hidden_size"])?;
         let do_layer_norm_before = config.flag("do_layer_norm_before", true)?;
-        let shape = Self {
+        Ok(Self {
             vocab_size: config.size(&["vocab_size"])?,
             hidden_size,
             word_embed_proj_dim: config.size_or("word_embed_proj_dim", hidden_size)?,
             ffn_dim: config.size(&["ffn_dim"])?,
             num_layers: config.size(&["num_hidden_layers"])?,
-            num_heads: config.size(&["num_attention_heads"])?,
+            num_heads: config.heads(&["num_attention_heads"], hidden_size)?,
             max_positions: config.size(&["max_position_embeddings"])?,
             activation: Activation::read(config)?,
             do_layer_norm_before,
@@ -57,12 +57,7 @@ impl Shape {
             enable_bias: config.flag("enable_bias", true)?,
             layer_norm_affine: config.flag("layer_norm_elementwise_affine", true)?,
             tie_word_embeddings: config.flag("tie_word_embeddings", true)?,
-        };
-        if !hidden_size.is_multiple_of(shape.num_heads) {
-            let heads = shape.num_heads;
-            return Err(config.problem(format!("hidden size {hidden_size} is not a multiple of {heads} heads")));
-        }
-        Ok(shape)
+        })
     }
 
     fn layer_norm(&self, weights: &Weights) -> error::Result<LayerNorm> {
@@ -135,8 +130,9 @@ impl Opt {
             embed_tokens: weights.pp("embed_tokens").embedding(shape.vocab_size, width)?,
             embed_positions: weights.pp("embed_positions").table(shape.max_positions + POSITION_OFFSET, hidden)?,
             project_in: projection("project_in", width, hidden)?,
-            layers: (0..shape.num_layers)
-                .map(|index| Block::load(&shape, &weights.pp("layers").pp(index)))
+            layers: weights
+                .blocks("layers", shape.num_layers)?
+                .map(|weights| Block::load(&shape, &weights))
                 .collect::<error::Result<_>>()?,
             final_layer_norm: match shape.final_layer_norm {
                 true => Some(shape.layer_norm(&weights.pp("final_layer_norm"))?),

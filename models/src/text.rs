@@ -85,8 +85,14 @@ impl SpecialTokens {
         let map = folder.read_json(SPECIAL_TOKENS)?.unwrap_or_default();
         let token = |key: &str| [&config, &map].into_iter().find_map(|json| added_token(json.get(key)?));
         let flag = |key: &str, default| config.get(key).and_then(Value::as_bool).unwrap_or(default);
+        let additional =
+            [&config, &map].into_iter().filter_map(|json| json.get("additional_special_tokens")?.as_array());
+        let added = config.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten();
+        let added =
+            added.map(|(_, json)| json).filter(|json| json.get("special").and_then(Value::as_bool) == Some(true));
+        let others = additional.flatten().chain(added).filter_map(added_token);
         let mut tokens: Vec<AddedToken> = Vec::new();
-        for token in Self::KEYS.into_iter().filter_map(token) {
+        for token in Self::KEYS.into_iter().filter_map(token).chain(others) {
             if tokens.iter().all(|other| other.content != token.content) {
                 tokens.push(token);
             }
@@ -111,7 +117,7 @@ fn byte_level_bpe(folder: &ModelFolder, special: &SpecialTokens) -> Result<Token
     let missing = |file: &str| Error::MissingFile {
         file: folder.file(file),
         hint: format!(
-            "fetch the model's {TOKENIZER}, or its {VOCABULARY} and {MERGES}, or give token ids instead of text"
+            "fetch the model's {TOKENIZER}, or its {VOCABULARY} and {MERGES}, or give token ids (--prompt-ids) instead of text"
         ),
     };
     let vocabulary = match (folder.read(VOCABULARY)?, folder.has(MERGES)) {
@@ -121,6 +127,9 @@ fn byte_level_bpe(folder: &ModelFolder, special: &SpecialTokens) -> Result<Token
     };
     let vocabulary: Value = serde_json::from_slice(&vocabulary)
         .map_err(|error| folder.problem(VOCABULARY, format!("is not JSON: {error}")))?;
+    if !vocabulary.is_object() {
+        return Err(folder.problem(VOCABULARY, "is not a JSON object".to_string()));
+    }
     let merges = folder.read(MERGES)?.ok_or_else(|| missing(MERGES))?;
     let merges = std::str::from_utf8(&merges).map_err(|_| folder.problem(MERGES, "is not UTF-8".to_string()))?;
     let merges: Vec<&str> = merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty()).collect();
@@ -152,6 +161,10 @@ fn not_a_tokenizer(folder: &ModelFolder, file: &str, error: tokenizers::Error) -
     folder.problem(file, format!("is not a tokenizer: {error}"))
 }
 
+/// Ids that wait for the rest of a character: it has at most 4 bytes, so what is longer in coming is
+/// none.
+const MAX_WAITING: usize = 8;
+
 /// Turns ids into text as they come, and never gives half a character: a byte-level token may hold
 /// only some of a character's bytes, which then wait for the rest.
 #[derive(Debug)]
@@ -170,7 +183,8 @@ impl TextStream<'_> {
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.codec.decode(&self.ids)?;
-        if text.ends_with(char::REPLACEMENT_CHARACTER) || text.len() <= self.printed {
+        let is_waiting = self.ids.len() - self.settled <= MAX_WAITING;
+        if is_waiting && (text.ends_with(char::REPLACEMENT_CHARACTER) || text.len() <= self.printed) {
             return Ok(String::new());
         }
         let new = text.get(self.printed..).unwrap_or_default().to_string();

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, RawTensor};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, first_line};
 use crate::layers::{Embedding, Linear, Linears};
 use crate::ledger::Ledger;
 use crate::precision::{Int8Options, Precision};
@@ -49,11 +49,15 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// The ledger, once the model is loaded; an error when a module to skip was not met.
+    /// The ledger, once the model is loaded; an error when a module to skip was not met. The head may be
+    /// named, as is usual with Transformers, though it is no linear layer of the blocks.
     pub(crate) fn finish(self) -> Result<Ledger> {
         let names = self.linear_names.into_inner();
         if let Precision::Int8(options) = self.precision
-            && let Some(name) = options.skip_modules.iter().find(|skip| !names.iter().any(|name| matches(name, skip)))
+            && let Some(name) = options
+                .skip_modules
+                .iter()
+                .find(|skip| *skip != "lm_head" && !names.iter().any(|name| matches(name, skip)))
         {
             let examples = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
             return Err(Error::SkipModule { name: name.clone(), examples });
@@ -83,6 +87,16 @@ impl<'a> Weights<'a> {
     pub(crate) fn pp(&self, name: impl std::fmt::Display) -> Self {
         let path = format!("{}{name}.", self.path);
         Self { loader: self.loader, path }
+    }
+
+    /// The weights of each of `count` blocks, `name.0` and so on; an error when the checkpoint has
+    /// more.
+    pub(crate) fn blocks(&self, name: &str, count: usize) -> Result<impl Iterator<Item = Self>> {
+        let blocks = self.pp(name);
+        if let Some(tensor) = self.loader.checkpoint.first_below(&blocks.pp(count).path) {
+            return Err(tensor.problem(format!("is of one block more than the {count} that config.json calls for")));
+        }
+        Ok((0..count).map(move |index| blocks.pp(index)))
     }
 
     /// The module's full name in the checkpoint.
@@ -141,7 +155,7 @@ impl<'a> Weights<'a> {
     /// An embedding: `weight` (rows, width).
     pub(crate) fn embedding(&self, rows: usize, width: usize) -> Result<Embedding> {
         match self.loader.precision {
-            Precision::Int8(options) if options.head => {
+            Precision::Int8(options) if options.head && !options.skip_modules.iter().any(|skip| skip == "lm_head") => {
                 let weight = self.tensor("weight", &[rows, width])?;
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
@@ -182,8 +196,8 @@ impl<'a> Weights<'a> {
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
         if weight.dtype == Dtype::I8 {
             let codes = Tensor::from_slice(weight.data, (rows, cols), &Device::Cpu)?;
-            let scales = Tensor::from_vec(self.stored_scales(weight, rows)?, rows, &Device::Cpu)?;
-            return Ok(Int8Matrix::new(codes, scales)?);
+            let scales = Tensor::from_vec(self.stored_scales(rows)?, rows, &Device::Cpu)?;
+            return Int8Matrix::new(codes, scales).map_err(|error| weight.problem(first_line(&error)));
         }
         weight.check_float()?;
         Int8Matrix::quantize_rows(rows, cols, |row, values| weight.widen(row * cols, values))
@@ -191,7 +205,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The scales (out) of a weight stored in int8 by bitsandbytes: `SCB / 127`.
-    fn stored_scales(&self, weight: &RawTensor, rows: usize) -> Result<Vec<f32>> {
+    fn stored_scales(&self, rows: usize) -> Result<Vec<f32>> {
         if let Some(format) = self.loader.checkpoint.tensor(&format!("{}weight_format", self.path))
             && format.data.iter().any(|&byte| byte != 0)
         {
@@ -206,9 +220,6 @@ impl<'a> Weights<'a> {
         let mut scales = vec![0f32; rows];
         absmax.widen(0, &mut scales);
         absmax.check_finite(0, &scales)?;
-        if weight.data.contains(&(i8::MIN as u8)) {
-            return Err(weight.problem("holds the code -128, wanted codes from -127 to 127".to_string()));
-        }
         scales.iter_mut().for_each(|scale| *scale /= MAX_CODE);
         Ok(scales)
     }
@@ -217,7 +228,7 @@ impl<'a> Weights<'a> {
     fn float_matrix(&self, weight: &RawTensor, dtype: DType) -> Result<Tensor> {
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
         let scales = if weight.dtype == Dtype::I8 {
-            Some(self.stored_scales(weight, rows)?)
+            Some(self.stored_scales(rows)?)
         } else {
             weight.check_float()?;
             None
@@ -247,7 +258,12 @@ fn matrix_of<T: WithDType + Default>(
     narrow: impl Fn(&[f32], &mut [T]) + Sync,
 ) -> Result<Tensor> {
     let (rows, cols) = (weight.shape[0], weight.shape[1]);
-    let mut matrix = vec![T::default(); rows * cols];
+    let mut matrix = Vec::new();
+    if matrix.try_reserve_exact(rows * cols).is_err() {
+        let bytes = rows * cols * T::DTYPE.size_in_bytes();
+        return Err(weight.problem(format!("there is no memory for the {bytes} bytes that it takes")));
+    }
+    matrix.resize(rows * cols, T::default());
     matrix.par_chunks_mut(cols).enumerate().try_for_each_init(
         || vec![0f32; cols],
         |values, (row, out)| {
@@ -275,9 +291,4 @@ fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
         (Precision::BF16, _) | (Precision::Int8(_), Dtype::BF16) => DType::BF16,
         _ => DType::F16,
     }
-}
-
-/// A Candle error's message without the backtrace that may follow it.
-fn first_line(error: &candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_string()
 }

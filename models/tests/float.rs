@@ -177,7 +177,6 @@ fn generation_ends_where_the_positions_do() {
 #[test]
 fn what_shares_a_batch_with_a_prompt_does_not_change_its_result() {
     for name in ["tiny-bloom-outliers", "tiny-opt-outliers"] {
-        // `code` and `mixed` are told apart by their outlier columns, too.
         let prompts = json(format!("golden/{name}/golden.json"))["prompts"].clone();
         let rows: Vec<Vec<u32>> = [4, 6].map(|prompt| ids(&prompts[prompt]["ids"])[..14].to_vec()).to_vec();
         for precision in [int8(Some(6.0)), Precision::F16] {

@@ -79,6 +79,10 @@ fn a_layer_s_output_is_that_of_bitsandbytes() {
     }
 }
 
+/// Through a whole model the rounding above moves some activations across the edge between two codes,
+/// and so their outputs by a code's width; 0.014 at most was measured, with arg-maxima the same.
+const MODEL_TOLERANCE: f32 = 0.02;
+
 #[test]
 fn the_whole_model_at_int8_is_that_of_bitsandbytes() {
     for name in MODELS {
@@ -88,7 +92,7 @@ fn the_whole_model_at_int8_is_that_of_bitsandbytes() {
         let found = logits(loaded.model.as_ref(), &prompt).narrow(0, prompt.len() - 8, 8).unwrap();
         let error = relative_error(&found, &bnb["model.t6.logits_last8"]);
         println!("{name}: {error}");
-        assert!(error <= 0.03, "{name}: {error}");
+        assert!(error <= MODEL_TOLERANCE, "{name}: {error}");
     }
 }
 
@@ -105,6 +109,8 @@ fn a_checkpoint_saved_by_bitsandbytes_gives_its_logits() {
         let found = model.forward(&input_ids, &mut KvCache::new(model.num_layers())).unwrap();
         let wanted = &reference[&format!("logits_int8_thr{threshold}_float32")];
         let (apart, exact) = (rms_error(&found, wanted), rms_error(wanted, &reference["logits_fp32"]));
+        // bitsandbytes looks for outlier columns in both sequences of the batch at once, this in each
+        // apart, and its activations are in f16: nearer to each other than either is to f32.
         println!("{family} {folder} {threshold}: {apart} apart, reference {exact} from f32");
         assert!(apart < exact / 2.0, "{family} {folder}, threshold {threshold}: {apart} apart, {exact} from f32");
     }

@@ -33,7 +33,8 @@ pub const MAX_COLS: usize = i32::MAX as usize / (MAX_CODE as usize * MAX_CODE as
 /// What one instruction set provides.
 #[derive(Debug)]
 pub struct Kernels {
-    /// The instruction set's name: `portable`, `avx2`, `avx-vnni`, `avx512-vnni`, `neon-dotprod`.
+    /// The instruction set's name: `portable`, `avx2`, `avx-vnni`, `avx512-vnni-256`,
+    /// `avx512-vnni`, `neon-dotprod`.
     pub name: &'static str,
     is_supported: fn() -> bool,
     /// The largest magnitude of `x`, of those below the threshold if there is one; 0 if none is.
@@ -62,6 +63,8 @@ pub type HalfDots<T> = fn(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]
 static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "x86_64")]
     &avx512::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &avx_vnni::KERNELS_OF_AVX512,
     #[cfg(target_arch = "x86_64")]
     &avx_vnni::KERNELS,
     #[cfg(target_arch = "x86_64")]

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, 
 use candle_nn::Module;
 
 use crate::cpu::{self, Kernels, OutputColumns, Values};
+use crate::matmul::check_bias;
 
 /// `x W^T + bias` for activations `x` (.., in) in f32, f16 or bf16 and a weight (out, in) in f16 or
 /// bf16; the result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out) in
@@ -23,14 +24,10 @@ pub fn half_matmul_with(
     if !matches!(weight.dtype(), DType::F16 | DType::BF16) {
         bail!("half matmul: the weight must be F16 or BF16, found {:?}", weight.dtype());
     }
-    if x.dims().last() != Some(&cols) || cols == 0 {
+    if x.dims().last() != Some(&cols) || rows == 0 || cols == 0 {
         bail!("half matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
     }
-    if let Some(bias) = bias
-        && (bias.dims() != [rows] || bias.dtype() != DType::F32)
-    {
-        bail!("half matmul: the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape());
-    }
+    check_bias(bias, rows)?;
     let op = HalfMatmul { kernels, weight: weight.contiguous()?, bias: bias.cloned() };
     x.contiguous()?.apply_op1_no_bwd(&op)
 }

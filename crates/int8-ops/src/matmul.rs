@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, b
 
 use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
 use crate::matrix::Int8Matrix;
+use crate::outliers::check_threshold;
 
 /// One weight (out, in) and its bias (out) in `F32`.
 pub type WeightAndBias<'a> = (&'a Int8Matrix, Option<&'a Tensor>);
@@ -35,17 +36,21 @@ pub fn int8_matmul_with(
             Some(&width) if width == cols && x.rank() <= 3 => {}
             _ => bail!("int8 matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., tokens, {cols})", x.shape()),
         }
-        if let Some(bias) = bias
-            && (bias.dims() != [rows] || bias.dtype() != DType::F32)
-        {
-            bail!("int8 matmul: the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape());
-        }
+        check_bias(*bias, rows)?;
     }
-    if threshold.is_some_and(|threshold| threshold.is_nan() || threshold <= 0.0) {
-        bail!("int8 matmul: the outlier threshold must be above 0, found {}", threshold.unwrap_or_default());
-    }
+    check_threshold(threshold)?;
     let weights = weights.iter().map(|(weight, bias)| (Int8Matrix::clone(weight), bias.cloned())).collect();
     x.contiguous()?.apply_op1_no_bwd(&Int8Matmul { kernels, weights, threshold })
+}
+
+/// An error unless the bias, if there is one, is (rows) in `F32`.
+pub(crate) fn check_bias(bias: Option<&Tensor>, rows: usize) -> Result<()> {
+    match bias {
+        Some(bias) if bias.dims() != [rows] || bias.dtype() != DType::F32 => {
+            bail!("the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The op's parameters; the weights ride here because a Candle op takes at most three tensors.

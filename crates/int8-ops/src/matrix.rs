@@ -20,8 +20,8 @@ pub struct Int8Matrix {
 impl Int8Matrix {
     /// Takes codes (rows, cols) as `U8` (the bits of `i8`) and scales (rows) as `F32`.
     ///
-    /// Errors when a dtype or a shape is another, or when a row is too long for its sums to fit
-    /// 32-bit integers.
+    /// Errors when a dtype or a shape is another, when a code is -128, or when a row is too long for
+    /// its sums to fit 32-bit integers.
     pub fn new(codes: Tensor, scales: Tensor) -> Result<Self> {
         let (rows, cols) = codes.dims2()?;
         if rows == 0 || cols == 0 {
@@ -36,7 +36,11 @@ impl Int8Matrix {
         if cols > cpu::MAX_COLS {
             bail!("int8 matrix: {cols} columns, but a row's integer sum is only exact up to {}", cpu::MAX_COLS);
         }
-        Ok(Self { codes: codes.contiguous()?, scales: scales.contiguous()? })
+        let matrix = Self { codes: codes.contiguous()?, scales: scales.contiguous()? };
+        if matrix.codes.device().is_cpu() && matrix.with_slices(|codes, _| Ok(codes.contains(&i8::MIN)))? {
+            bail!("int8 matrix: holds the code -128, wanted codes from -127 to 127");
+        }
+        Ok(matrix)
     }
 
     /// Quantises each row of a float matrix (rows, cols) by its largest magnitude
@@ -61,24 +65,31 @@ impl Int8Matrix {
     /// Errors when a value is NaN or infinite, naming its row and column.
     pub fn quantize_rows(rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Result<Self> {
         let kernels = Kernels::active();
-        let mut codes = vec![0u8; rows * cols];
+        let mut codes = Vec::new();
+        if codes.try_reserve_exact(rows * cols).is_err() {
+            bail!("there is no memory for its {rows} x {cols} codes");
+        }
+        codes.resize(rows * cols, 0i8);
         let mut scales = vec![0f32; rows];
         codes.par_chunks_mut(cols.max(1)).zip(scales.par_iter_mut()).enumerate().try_for_each_init(
             || vec![0f32; cols],
             |values, (row, (codes, scale))| {
                 fill(row, values);
-                if let Some(col) = values.iter().position(|v| !v.is_finite()) {
-                    bail!("value [{row}, {col}] is {}: only finite values can be quantised", values[col]);
+                if let Some(col) = values.iter().position(|value| !value.is_finite()) {
+                    return not_finite(row, col, values[col]);
                 }
                 let absmax = (kernels.absmax)(values, None);
-                *scale = cpu::quantize_row(kernels, values, absmax, bytemuck::cast_slice_mut(codes));
+                *scale = cpu::quantize_row(kernels, values, absmax, codes);
                 Ok(())
             },
         )?;
         Self::from_vecs(codes, scales, cols)
     }
 
-    pub(crate) fn from_vecs(codes: Vec<u8>, scales: Vec<f32>, cols: usize) -> Result<Self> {
+    /// From codes (rows, cols) and scales (rows).
+    pub(crate) fn from_vecs(codes: Vec<i8>, scales: Vec<f32>, cols: usize) -> Result<Self> {
+        // Collected in place: the bytes stay where they are.
+        let codes: Vec<u8> = codes.into_iter().map(|code| code as u8).collect();
         let rows = scales.len();
         Self::new(Tensor::from_vec(codes, (rows, cols), &Device::Cpu)?, Tensor::from_vec(scales, rows, &Device::Cpu)?)
     }
@@ -131,6 +142,11 @@ impl Int8Matrix {
             _ => bail!("int8 matrix: activations are on the CPU, but the weight is on {:?}", self.codes.device()),
         }
     }
+}
+
+/// The error of quantising what is no finite number.
+pub(crate) fn not_finite<T>(row: usize, col: usize, value: f32) -> Result<T> {
+    bail!("value [{row}, {col}] is {value}: only finite values can be quantised")
 }
 
 /// Codes as floats: a `U8` tensor's bytes read as `i8`.

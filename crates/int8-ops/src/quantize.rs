@@ -1,10 +1,11 @@
 //! Floats to int8 codes and back: absmax and zero-point, per tensor or per row (LLM.int8() section 2.1).
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor};
 
 use crate::MAX_CODE;
 use crate::cpu::{self, Activations, Kernels, Values};
-use crate::matrix::{Int8Matrix, signed};
+use crate::matrix::{Int8Matrix, not_finite, signed};
+use crate::outliers::check_threshold;
 
 /// How many values share one scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +34,13 @@ pub fn quantize_absmax(x: &Tensor, granularity: Granularity) -> Result<Int8Matri
     match granularity {
         Granularity::Row => Int8Matrix::quantize(x),
         Granularity::Tensor => {
-            let row = Int8Matrix::quantize(&x.reshape((1, rows * cols))?)?;
-            Int8Matrix::new(row.codes().reshape((rows, cols))?, row.scales().broadcast_as(rows)?)
+            let kernels = Kernels::active();
+            let values = Values::read(x)?.values;
+            check_finite(&values, cols)?;
+            let absmax = (kernels.absmax)(&values, None);
+            let mut codes = vec![0i8; values.len()];
+            let scale = cpu::quantize_row(kernels, &values, absmax, &mut codes);
+            Int8Matrix::from_vecs(codes, vec![scale; rows], cols)
         }
     }
 }
@@ -44,9 +50,10 @@ pub fn quantize_absmax(x: &Tensor, granularity: Granularity) -> Result<Int8Matri
 ///
 /// The absmax of a token is taken over its values below the threshold; `None` leaves nothing out.
 pub fn quantize_activations(x: &Tensor, threshold: Option<f32>) -> Result<Int8Matrix> {
+    check_threshold(threshold)?;
     let values = Values::read(x)?;
     let Activations { codes, scales, .. } = Activations::quantize(Kernels::active(), &values, threshold);
-    Int8Matrix::from_vecs(codes.into_iter().map(|code| code as u8).collect(), scales, values.cols)
+    Int8Matrix::from_vecs(codes, scales, values.cols)
 }
 
 /// Codes that use the whole int8 range of an asymmetric distribution: `(code - zero_point) * scale`
@@ -68,16 +75,13 @@ pub struct ZeroPointMatrix {
 pub fn quantize_zero_point(x: &Tensor, granularity: Granularity) -> Result<ZeroPointMatrix> {
     let (rows, cols) = x.dims2()?;
     let values = Values::read(x)?.values;
+    check_finite(&values, cols)?;
     let group = match granularity {
         Granularity::Tensor => rows * cols,
         Granularity::Row => cols,
     };
     let (mut codes, mut scales, mut zero_points) = (Vec::with_capacity(values.len()), Vec::new(), Vec::new());
-    for (index, values) in values.chunks(group.max(1)).enumerate() {
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            let at = index * group + at;
-            bail!("value [{}, {}] is not finite: only finite values can be quantised", at / cols, at % cols);
-        }
+    for values in values.chunks(group.max(1)) {
         let (scale, zero_point) = zero_point_of(values);
         // In f64, where neither the widest range of f32 nor the narrowest overflows.
         let inverse = 1.0 / scale as f64;
@@ -97,6 +101,14 @@ pub fn quantize_zero_point(x: &Tensor, granularity: Granularity) -> Result<ZeroP
         scales: per_row(scales)?,
         zero_points: per_row(zero_points)?,
     })
+}
+
+/// An error that names the place of the first value of a matrix (.., cols) that is NaN or infinite.
+fn check_finite(values: &[f32], cols: usize) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => not_finite(at / cols, at % cols, values[at]),
+        None => Ok(()),
+    }
 }
 
 /// The scale and the zero point of a group of finite values.

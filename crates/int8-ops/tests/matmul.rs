@@ -61,14 +61,25 @@ fn matrix(rows: usize, cols: usize, value: impl Strategy<Value = f32> + Clone) -
 
 /// Mostly small values, a few outliers, zeros and extremes.
 fn activation() -> impl Strategy<Value = f32> + Clone {
-    prop_oneof![40 => -3f32..3.0, 1 => -60f32..60.0, 1 => prop_oneof![Just(0.0), Just(-0.0), Just(6.0), Just(1e-41)]]
+    let odd = prop_oneof![Just(0.0f32), Just(-0.0), Just(6.0), Just(1e-41), Just(1e30), Just(-1e30)];
+    prop_oneof![40 => -3f32..3.0, 1 => -60f32..60.0, 1 => odd]
+}
+
+/// Some rows of zeros, and some of outliers only.
+fn activations(tokens: usize, cols: usize) -> impl Strategy<Value = Rows> {
+    let row = prop_oneof![
+        6 => prop::collection::vec(activation(), cols),
+        1 => prop::collection::vec(prop_oneof![Just(0.0f32), Just(-0.0)], cols),
+        1 => prop::collection::vec(prop_oneof![6f32..90.0, -90f32..-6.0], cols),
+    ];
+    prop::collection::vec(row, tokens)
 }
 
 fn case() -> impl Strategy<Value = (Rows, Rows, Vec<f32>)> {
     let cols = prop_oneof![1..40usize, Just(63), Just(64), Just(65), Just(131)];
     let rows = prop_oneof![1..12usize, Just(64), Just(67)];
     (1..20usize, rows, cols).prop_flat_map(|(tokens, rows, cols)| {
-        (matrix(tokens, cols, activation()), matrix(rows, cols, -1f32..1.0), prop::collection::vec(-1f32..1.0, rows))
+        (activations(tokens, cols), matrix(rows, cols, -1f32..1.0), prop::collection::vec(-1f32..1.0, rows))
     })
 }
 

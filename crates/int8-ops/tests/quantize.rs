@@ -44,6 +44,15 @@ fn per_tensor_rows_share_one_scale_and_per_row_they_do_not() -> Result<()> {
 }
 
 #[test]
+fn a_whole_matrix_may_have_more_values_than_a_row_can() -> Result<()> {
+    let x = Tensor::arange(0f32, 400.0 * 400.0, &Device::Cpu)?.reshape((400, 400))?;
+    let quantized = quantize_absmax(&x, Granularity::Tensor)?;
+    assert_eq!(quantized.dims(), (400, 400));
+    assert_eq!(codes(&quantized.codes().get(399)?)[399], 127);
+    Ok(())
+}
+
+#[test]
 fn zero_point_quantisation_uses_the_whole_range_of_values_of_one_sign() -> Result<()> {
     let x = Tensor::new(&[[0f32, 0.1, 0.7, 2.54]], &Device::Cpu)?;
     for granularity in GRANULARITIES {
@@ -89,8 +98,12 @@ fn nan_and_infinity_are_refused_with_their_place() -> Result<()> {
             assert!(quantize_absmax(&x, granularity).is_err());
             assert!(quantize_zero_point(&x, granularity).is_err());
         }
-        let error = quantize_absmax(&x, Granularity::Row).unwrap_err().to_string();
-        assert!(error.contains("value [1, 1] is"), "{error}");
+        for granularity in GRANULARITIES {
+            for error in [quantize_absmax(&x, granularity).err(), quantize_zero_point(&x, granularity).err()] {
+                let error = error.unwrap().to_string();
+                assert!(error.contains("value [1, 1] is"), "{error}");
+            }
+        }
     }
     Ok(())
 }
@@ -100,6 +113,8 @@ fn codes_of_another_dtype_and_scales_of_another_length_are_refused() -> Result<(
     let codes = Tensor::zeros((2, 3), DType::U8, &Device::Cpu)?;
     let scales = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
     assert!(Int8Matrix::new(codes.clone(), scales.clone()).is_ok());
+    assert!(Int8Matrix::new(Tensor::full(128u8, (2, 3), &Device::Cpu)?, scales.clone()).is_err());
+    assert!(Int8Matrix::new(Tensor::zeros((2, 0), DType::U8, &Device::Cpu)?, scales.clone()).is_err());
     assert!(Int8Matrix::new(codes.to_dtype(DType::F32)?, scales.clone()).is_err());
     assert!(Int8Matrix::new(codes, scales.narrow(0, 0, 1)?).is_err());
     Ok(())

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use int8_models::GenerateOptions;
 
 /// 8-bit inference of BLOOM and OPT language models: half the memory of fp16, the same text.
 #[derive(Debug, Parser)]
@@ -23,8 +24,9 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face checkpoint: config.json, tokenizer.json and safetensors weights.
-    /// Without it, the small demonstration model inside this program is used.
+    /// Folder of a Hugging Face checkpoint of BLOOM or OPT: config.json, the tokenizer's files, and
+    /// weights in safetensors or pytorch_model.bin. Without it, the small demonstration model inside
+    /// this program is used.
     #[arg(short, long, value_name = "FOLDER")]
     pub model: Option<PathBuf>,
 
@@ -55,7 +57,7 @@ pub struct ModelArgs {
     pub threads: Option<u16>,
 
     /// Instruction set of the CPU kernels, for measuring and for finding faults: portable, avx2,
-    /// avx-vnni, avx512-vnni or neon-dotprod [default: the fastest here].
+    /// avx-vnni, avx512-vnni-256, avx512-vnni or neon-dotprod [default: the fastest here].
     #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]
     pub instruction_set: Option<String>,
 }
@@ -103,6 +105,7 @@ pub struct OutputArgs {
 ///
 /// The text goes to stdout as it comes; everything else goes to stderr.
 #[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// The prompt; `-` reads it from stdin, as does leaving it out when stdin is not a terminal. One
     /// line break at the end of a prompt from stdin or a file is not part of it.
@@ -113,7 +116,8 @@ pub struct GenerateArgs {
     pub prompt_file: Option<PathBuf>,
 
     /// Token ids instead of text, separated by commas: 2,45,7.
-    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "prompt_file"])]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
+    #[arg(conflicts_with_all = ["prompt", "prompt_file"])]
     pub prompt_ids: Option<Vec<u32>>,
 
     #[command(flatten)]
@@ -143,8 +147,8 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "K", default_value_t = 50)]
     pub top_k: usize,
 
-    /// Draw among the likeliest tokens that together have this probability, above 0 to 1; applied
-    /// after --top-k.
+    /// Draw among the likeliest tokens that together have this probability, up to 1; applied after
+    /// --top-k.
     #[arg(long, value_name = "P", value_parser = probability)]
     pub top_p: Option<f64>,
 
@@ -161,6 +165,10 @@ pub struct SamplingArgs {
     pub ignore_eos: bool,
 }
 
+fn token_id(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| "wanted token ids, such as 2,45,7".to_string())
+}
+
 /// A finite number for which `holds` is true; `wanted` says what that is.
 fn number(text: &str, holds: impl Fn(f64) -> bool, wanted: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -170,19 +178,24 @@ fn number(text: &str, holds: impl Fn(f64) -> bool, wanted: &str) -> Result<f64, 
 }
 
 fn threshold(text: &str) -> Result<f32, String> {
-    number(text, |value| value >= 0.0, "a number from 0 up").map(|value| value as f32)
+    let is_threshold = |value: f64| value == 0.0 || (value as f32 > 0.0 && (value as f32).is_finite());
+    number(text, is_threshold, "a number from 0 up").map(|value| value as f32)
 }
 
 fn temperature(text: &str) -> Result<f64, String> {
-    number(text, |value| value >= 0.0, "a number from 0 up")
+    let range = 0.0..=GenerateOptions::MAX_TEMPERATURE;
+    number(text, |value| range.contains(&value), &format!("a number from 0 to {}", range.end()))
 }
 
 fn probability(text: &str) -> Result<f64, String> {
-    number(text, |value| value > 0.0 && value <= 1.0, "a number above 0, at most 1")
+    let range = GenerateOptions::MIN_TOP_P..=1.0;
+    number(text, |value| range.contains(&value), &format!("a number from {} to 1", range.start()))
 }
 
 fn penalty(text: &str) -> Result<f32, String> {
-    number(text, |value| value as f32 > 0.0, "a number above 0").map(|value| value as f32)
+    let range = GenerateOptions::REPETITION_PENALTIES;
+    let wanted = format!("a number from {} to {}", range.start(), range.end());
+    number(text, |value| range.contains(&(value as f32)), &wanted).map(|value| value as f32)
 }
 
 fn device(text: &str) -> Result<Device, String> {

@@ -12,7 +12,14 @@ macro_rules! files {
 }
 
 /// The files, as they stand in the folder `demo` of this crate.
-static FILES: &[(&str, &[u8])] = files!["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"];
+static FILES: &[(&str, &[u8])] = files![
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
 
 pub fn folder() -> ModelFolder {
     ModelFolder::embedded(NAME, FILES)

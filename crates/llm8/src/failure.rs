@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use int8_models::Error;
 
+use crate::output;
+
 /// An error of the program's own, with what to do about it.
 #[derive(Debug)]
 pub struct Failure {
@@ -44,13 +46,11 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(is_closed_pipe) {
         return ExitCode::SUCCESS;
     }
-    // Only the first line: a Candle error may carry a backtrace.
-    let message = format!("{error:#}");
-    eprintln!("error: {}", message.lines().next().unwrap_or_default());
+    output::say(&format!("error: {}", format!("{error:#}").replace('\n', "\\n")));
     let failure = error.downcast_ref::<Failure>();
     let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| error.downcast_ref::<Error>()?.hint());
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        output::say(&format!("hint: {}", hint.replace('\n', "\\n")));
     }
     ExitCode::from(if failure.is_some_and(|failure| failure.is_usage) { 2 } else { 1 })
 }

@@ -9,7 +9,7 @@ pub const EXIT_CODE: u8 = 130;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C and a termination signal are noted.
+/// From now on Ctrl-C is noted.
 pub fn listen() -> anyhow::Result<()> {
     let note = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {

@@ -1,6 +1,21 @@
-//! Numbers for people.
+//! Words and numbers for people.
 
+use std::io::Write;
 use std::time::Duration;
+
+/// Writes a line to stderr. Where nobody can read it, that is no reason to fail.
+///
+/// Control characters, which a name in a hostile file may hold, are written as escapes.
+pub fn say(text: &str) {
+    let is_plain = |c: char| !c.is_control() || c == '\n';
+    let escaped: String = match text.chars().all(is_plain) {
+        true => text.to_string(),
+        false => {
+            text.chars().map(|c| if is_plain(c) { c.to_string() } else { c.escape_default().to_string() }).collect()
+        }
+    };
+    let _ = writeln!(std::io::stderr(), "{escaped}");
+}
 
 /// Bytes in decimal units, three digits: `5.83 MB`.
 pub fn bytes(bytes: usize) -> String {

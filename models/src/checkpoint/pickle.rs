@@ -3,15 +3,15 @@
 //! A pickle is a program for a stack machine that may call any Python function. This machine runs
 //! nothing: it knows the few names that checkpoints need, and refuses every other by name.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use safetensors::Dtype;
 
 /// A tensor as a pickle describes it: a view of a storage that lies elsewhere in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct PickledTensor {
+pub(super) struct PickledTensor<'a> {
     /// The storage's name.
-    pub(super) storage: String,
+    pub(super) storage: &'a str,
     pub(super) dtype: Dtype,
     /// Elements of the storage.
     pub(super) storage_len: usize,
@@ -22,10 +22,15 @@ pub(super) struct PickledTensor {
     pub(super) strides: Vec<usize>,
 }
 
+/// The most dimensions of a tensor, and the longest name, that are believed: what a pickle names
+/// again and again must not grow with every time.
+const MAX_RANK: usize = 8;
+const MAX_NAME_LEN: usize = 1024;
+
 /// The tensors of a pickled dictionary, by name; what else it holds is left out.
 ///
 /// An error is a sentence about the pickle.
-pub(super) fn read_tensors(pickle: &[u8]) -> Result<Vec<(String, PickledTensor)>, String> {
+pub(super) fn read_tensors(pickle: &[u8]) -> Result<BTreeMap<&str, PickledTensor<'_>>, String> {
     let mut machine =
         Machine { rest: pickle, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
     let top = machine.run()?;
@@ -33,7 +38,7 @@ pub(super) fn read_tensors(pickle: &[u8]) -> Result<Vec<(String, PickledTensor)>
         return Err("holds no dictionary of tensors".to_string());
     };
     let tensors = items.iter().filter_map(|(key, value)| match (&machine.values[*key], &machine.values[*value]) {
-        (Value::Text(name), Value::Tensor(tensor)) => Some((name.to_string(), tensor.clone())),
+        (Value::Text(name), Value::Tensor(tensor)) => Some((*name, tensor.clone())),
         _ => None,
     });
     Ok(tensors.collect())
@@ -55,7 +60,7 @@ enum Value<'a> {
         dtype: Dtype,
         len: usize,
     },
-    Tensor(PickledTensor),
+    Tensor(PickledTensor<'a>),
     /// None, a truth value, a float, a list: nothing that describes a tensor.
     Other,
 }
@@ -113,12 +118,12 @@ impl<'a> Machine<'a> {
                 b'N' | 0x88 | 0x89 | b']' => self.push(Value::Other), // NONE, NEWTRUE, NEWFALSE, EMPTY_LIST
                 b'}' => self.push(Value::Dict(Vec::new())),           // EMPTY_DICT
                 b')' => self.push(Value::Tuple(Vec::new())),          // EMPTY_TUPLE
-                b'K' => self.push_int(1)?,                            // BININT1
-                b'M' => self.push_int(2)?,                            // BININT2
-                b'J' => self.push_int(4)?,                            // BININT
+                b'K' => self.push_int(1, false)?,                     // BININT1
+                b'M' => self.push_int(2, false)?,                     // BININT2
+                b'J' => self.push_int(4, true)?,                      // BININT
                 0x8a => {
                     let len = self.take(1)?[0].into();
-                    self.push_int(len)? // LONG1
+                    self.push_int(len, true)? // LONG1
                 }
                 b'G' => {
                     self.take(8)?;
@@ -211,13 +216,14 @@ impl<'a> Machine<'a> {
         Ok(self.stack.split_off(mark))
     }
 
-    /// A little-endian integer of `len` bytes; signed from 4 bytes on, as pickle has it.
-    fn push_int(&mut self, len: usize) -> Result<(), String> {
+    /// A little-endian integer of `len` bytes, signed or not.
+    fn push_int(&mut self, len: usize, signed: bool) -> Result<(), String> {
         let bytes = self.take(len)?;
         if len > 8 {
             return Err(format!("has an integer of {len} bytes"));
         }
-        let fill = if len >= 4 && bytes[len - 1] & 0x80 != 0 { 0xff } else { 0 };
+        let is_negative = signed && bytes.last().is_some_and(|last| last & 0x80 != 0);
+        let fill = if is_negative { 0xff } else { 0 };
         let mut wide = [fill; 8];
         wide[..len].copy_from_slice(bytes);
         self.push(Value::Int(i64::from_le_bytes(wide)));
@@ -228,6 +234,9 @@ impl<'a> Machine<'a> {
     fn push_text(&mut self, len_bytes: usize) -> Result<(), String> {
         let len = self.take(len_bytes)?.iter().rev().fold(0usize, |len, &byte| len << 8 | usize::from(byte));
         let text = std::str::from_utf8(self.take(len)?).map_err(|_| "has a text that is not UTF-8")?;
+        if len > MAX_NAME_LEN {
+            return Err(format!("has a name of {len} bytes"));
+        }
         self.push(Value::Text(text));
         Ok(())
     }
@@ -284,9 +293,12 @@ impl<'a> Machine<'a> {
                 let Value::Storage { name, dtype, len } = self.values[*storage] else {
                     return Err("makes a tensor of what is no storage".to_string());
                 };
-                let sizes = |id: Id| self.tuple(id)?.iter().map(|id| self.size(*id)).collect::<Result<Vec<_>, _>>();
+                let sizes = |id: Id| match self.tuple(id)? {
+                    sizes if sizes.len() <= MAX_RANK => sizes.iter().map(|id| self.size(*id)).collect(),
+                    sizes => Err(format!("has a tensor of {} dimensions", sizes.len())),
+                };
                 let tensor = PickledTensor {
-                    storage: name.to_string(),
+                    storage: name,
                     dtype,
                     storage_len: len,
                     offset: self.size(*offset)?,

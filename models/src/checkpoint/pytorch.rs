@@ -42,12 +42,24 @@ impl PytorchFile {
             let form = "is in the form that PyTorch had before version 1.6: load it there and save it again";
             return Err(problem(form.to_string()));
         }
-        let entries = stored_entries(&bytes)
-            .map_err(|error| problem(format!("damaged or incomplete PyTorch checkpoint: {error}")))?;
-        let Some((root, pickle)) =
-            entries.iter().find_map(|(entry, range)| Some((entry.strip_suffix("data.pkl")?, range.clone())))
-        else {
-            return Err(problem("is a zip archive without data.pkl, and so no PyTorch checkpoint".to_string()));
+        let entries = stored_entries(&bytes).map_err(|error| {
+            folder.problem_with_hint(
+                name,
+                format!("damaged or incomplete PyTorch checkpoint: {error}"),
+                "fetch the file again",
+            )
+        })?;
+        // `NAME/data.pkl`, whatever the name.
+        let is_root = |root: &&str| root.is_empty() || root.find('/') == Some(root.len() - 1);
+        let mut pickles = entries
+            .iter()
+            .filter_map(|(entry, range)| Some((entry.strip_suffix("data.pkl").filter(is_root)?, range.clone())));
+        let (root, pickle) = match (pickles.next(), pickles.next()) {
+            (Some(only), None) => only,
+            (None, _) => {
+                return Err(problem("is a zip archive without data.pkl, and so no PyTorch checkpoint".to_string()));
+            }
+            (Some(_), Some(_)) => return Err(problem("has more than one data.pkl".to_string())),
         };
         if let Some(order) = entries.get(&format!("{root}byteorder"))
             && &bytes[order.clone()] != b"little"
@@ -62,11 +74,11 @@ impl PytorchFile {
             let storage = entries.get(&format!("{root}data/{}", pickled.storage)).cloned();
             let entry = locate(pickled, storage).map_err(|problem| Error::Tensor {
                 file: folder.file(name),
-                tensor: tensor.clone(),
+                tensor: tensor.to_string(),
                 problem,
                 hint: None,
             })?;
-            tensors.insert(tensor, entry);
+            tensors.insert(tensor.to_string(), entry);
         }
         Ok(Self { path: folder.file(name), bytes, tensors })
     }

@@ -22,7 +22,10 @@ pub(super) struct SafetensorsFile {
 impl SafetensorsFile {
     pub(super) fn open(folder: &ModelFolder, name: &str) -> Result<Self> {
         let bytes = folder.map(name)?;
-        let damaged = |error| folder.problem(name, format!("damaged or incomplete safetensors file: {error}"));
+        let damaged = |error| {
+            let problem = format!("damaged or incomplete safetensors file of {} bytes: {error}", bytes.len());
+            folder.problem_with_hint(name, problem, "fetch the file again")
+        };
         let (header_len, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
         Ok(Self { path: folder.file(name), bytes, metadata, data_start: size_of::<u64>() + header_len })
     }

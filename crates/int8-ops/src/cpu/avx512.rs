@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::tiles::for_each_tile;
+use super::tiles::{for_each_tile, take_off_offset};
 use super::{Kernels, portable};
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
@@ -52,10 +52,7 @@ const ROWS: usize = 4;
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
     for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
-    let rows = weight.len() / cols;
-    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
-        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
-    }
+    take_off_offset(code_sums, weight.len() / cols, sums);
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.

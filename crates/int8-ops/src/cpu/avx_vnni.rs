@@ -1,64 +1,85 @@
-//! AVX-VNNI: AVX2 with 32 products of codes an instruction.
+//! AVX-VNNI: AVX2 with 32 products of codes an instruction. AVX-512 has the same instruction in an
+//! encoding of its own, which serves processors with AVX-512 that do not like its wide registers.
 
 use std::arch::x86_64::*;
 
-use super::tiles::for_each_tile;
+use super::tiles::{for_each_tile, take_off_offset};
 use super::{Kernels, avx2};
 
-// SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
-// in it needs.
+// SAFETY (of both): a table is handed out only where `is_supported` has found the features that every
+// kernel in it needs.
 #[allow(clippy::undocumented_unsafe_blocks)]
 pub(super) const KERNELS: Kernels = Kernels {
     name: "avx-vnni",
     is_supported: || (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avxvnni"),
-    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { int8_dots(codes, code_sums, weight, cols, sums) },
+    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { vex::int8_dots(codes, code_sums, weight, cols, sums) },
     ..avx2::KERNELS
 };
 
-const TOKENS: usize = 2;
-const ROWS: usize = 4;
+#[allow(clippy::undocumented_unsafe_blocks)]
+pub(super) const KERNELS_OF_AVX512: Kernels = Kernels {
+    name: "avx512-vnni-256",
+    is_supported: || {
+        (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
+    },
+    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { evex::int8_dots(codes, code_sums, weight, cols, sums) },
+    ..avx2::KERNELS
+};
 
-/// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its sign bit
-/// flipped) and `128 * Σ codes` is taken off every sum.
-#[target_feature(enable = "avx2,avxvnni")]
-fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
-    let rows = weight.len() / cols;
-    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
-        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
-    }
-}
+/// The kernels with `vpdpbusd` in one encoding: the features it needs, and its intrinsic.
+macro_rules! kernels {
+    ($name:ident, $features:literal, $dot:ident) => {
+        mod $name {
+            use super::*;
 
-/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.
-#[target_feature(enable = "avx2,avxvnni")]
-fn int8_tile<const T: usize, const R: usize>(
-    codes: &[i8],
-    weight: &[i8],
-    cols: usize,
-    sums: &mut [i32],
-    stride: usize,
-) {
-    assert!(codes.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
-    let flip = _mm256_set1_epi8(i8::MIN);
-    let mut acc = [[_mm256_setzero_si256(); R]; T];
-    let whole = cols / 32 * 32;
-    for col in (0..whole).step_by(32) {
-        // SAFETY: rows t < T and r < R lie in the slices (asserted above), 32 columns in the row.
-        let load =
-            |values: &[i8], row: usize| unsafe { _mm256_loadu_si256(values.as_ptr().add(row * cols + col).cast()) };
-        let codes: [__m256i; T] = std::array::from_fn(|t| load(codes, t));
-        for r in 0..R {
-            let weight = _mm256_xor_si256(load(weight, r), flip);
-            for t in 0..T {
-                acc[t][r] = _mm256_dpbusd_avx_epi32(acc[t][r], weight, codes[t]);
+            const TOKENS: usize = 2;
+            const ROWS: usize = 4;
+
+            /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its
+            /// sign bit flipped) and `128 * Σ codes` is taken off every sum.
+            #[target_feature(enable = $features)]
+            pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
+                for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
+                take_off_offset(code_sums, weight.len() / cols, sums);
+            }
+
+            /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.
+            #[target_feature(enable = $features)]
+            fn int8_tile<const T: usize, const R: usize>(
+                codes: &[i8],
+                weight: &[i8],
+                cols: usize,
+                sums: &mut [i32],
+                stride: usize,
+            ) {
+                assert!(codes.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
+                let flip = _mm256_set1_epi8(i8::MIN);
+                let mut acc = [[_mm256_setzero_si256(); R]; T];
+                let whole = cols / 32 * 32;
+                for col in (0..whole).step_by(32) {
+                    // SAFETY: rows t < T and r < R lie in the slices (asserted above), 32 columns in the row.
+                    let load = |values: &[i8], row: usize| unsafe {
+                        _mm256_loadu_si256(values.as_ptr().add(row * cols + col).cast())
+                    };
+                    let codes: [__m256i; T] = std::array::from_fn(|t| load(codes, t));
+                    for r in 0..R {
+                        let weight = _mm256_xor_si256(load(weight, r), flip);
+                        for t in 0..T {
+                            acc[t][r] = $dot(acc[t][r], weight, codes[t]);
+                        }
+                    }
+                }
+                for (t, acc) in acc.into_iter().enumerate() {
+                    for (r, acc) in acc.into_iter().enumerate() {
+                        let tail = codes[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
+                        let tail: i32 = tail.map(|(&code, &weight)| i32::from(code) * (i32::from(weight) + 128)).sum();
+                        sums[t * stride + r] = avx2::add_lanes(acc).wrapping_add(tail);
+                    }
+                }
             }
         }
-    }
-    for (t, acc) in acc.into_iter().enumerate() {
-        for (r, acc) in acc.into_iter().enumerate() {
-            let tail = codes[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
-            let tail: i32 = tail.map(|(&code, &weight)| i32::from(code) * (i32::from(weight) + 128)).sum();
-            sums[t * stride + r] = avx2::add_lanes(acc).wrapping_add(tail);
-        }
-    }
+    };
 }
+
+kernels!(vex, "avx2,avxvnni", _mm256_dpbusd_avx_epi32);
+kernels!(evex, "avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32);

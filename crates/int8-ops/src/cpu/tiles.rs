@@ -36,3 +36,13 @@ macro_rules! for_each_tile {
 }
 
 pub(super) use for_each_tile;
+
+/// Takes `128 * Σ codes` of each token off its sums (tokens, rows): what was added by reading a weight
+/// as `w + 128`.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(super) fn take_off_offset(code_sums: &[i32], rows: usize, sums: &mut [i32]) {
+    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
+        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
+    }
+}

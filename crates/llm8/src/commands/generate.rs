@@ -1,11 +1,12 @@
 //! `llm8 generate`: prompt in, text out as it comes.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{GenerateOptions, Generation, Loaded, ModelFolder, Precision, TextCodec, generate};
+use int8_models::{FinishReason, GenerateOptions, Generation, Loaded, ModelFolder, Precision, TextCodec, generate};
 use serde::Serialize;
 
 use super::model;
@@ -30,20 +31,19 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let mut write = |piece: &str| -> anyhow::Result<()> {
         written += piece;
         if !args.output.json {
-            stdout.write_all(piece.as_bytes())?;
-            stdout.flush()?;
+            stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()).context("stdout")?;
         }
         Ok(())
     };
-    while !interrupt::is_requested()
-        && let Some(id) = generation.next()
-    {
+    let mut separator = "";
+    for id in generation.by_ref() {
         let id = id?;
         match &mut stream {
             Some(stream) => write(&stream.push(id)?)?,
             // A model without a tokenizer can be run by ids alone, and answers in ids.
-            None => write(&format!("{id} "))?,
+            None => write(&format!("{separator}{id}"))?,
         }
+        separator = ",";
     }
     if let Some(stream) = stream {
         write(&stream.finish()?)?;
@@ -51,14 +51,18 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
 
     let report = Report::new(&folder, &precision, &prompt_ids, written, &loaded, &generation);
     if args.output.json {
-        serde_json::to_writer(&mut stdout, &report)?;
+        stdout.write_all(&serde_json::to_vec(&report)?).context("stdout")?;
     }
-    writeln!(stdout)?;
+    writeln!(stdout).context("stdout")?;
     if !args.output.quiet && !args.output.json {
-        eprintln!("\n{}", report.summary());
+        output::say(&format!("\n{}", report.summary()));
     }
-    Ok(ExitCode::from(if interrupt::is_requested() { interrupt::EXIT_CODE } else { 0 }))
+    let is_interrupted = generation.finish_reason() == Some(FinishReason::Interrupted);
+    Ok(ExitCode::from(if is_interrupted { interrupt::EXIT_CODE } else { 0 }))
 }
+
+/// The longest prompt that is read.
+const MAX_PROMPT_BYTES: u64 = 1 << 24;
 
 /// What the model is to go on from.
 enum Prompt {
@@ -73,16 +77,16 @@ impl Prompt {
         }
         let text = match (&args.prompt_file, &args.prompt) {
             (Some(file), _) => {
-                let bytes = std::fs::read(file).with_context(|| format!("{}: cannot be read", file.display()))?;
-                without_last_line_break(utf8(bytes, &file.display().to_string())?)
+                let name = file.display().to_string();
+                let reader = File::open(file).with_context(|| format!("{name}: cannot be read"))?;
+                without_last_line_break(utf8(read_prompt(reader, &name)?, &name)?)
             }
             (None, Some(prompt)) if prompt != "-" => utf8(OsString::clone(prompt).into_encoded_bytes(), "the prompt")?,
             (None, None) if std::io::stdin().is_terminal() => {
                 return Err(Failure::usage("no prompt: give one, or `-` to read it from stdin").into());
             }
             _ => {
-                let mut bytes = Vec::new();
-                std::io::stdin().lock().read_to_end(&mut bytes).context("stdin cannot be read")?;
+                let bytes = read_prompt(std::io::stdin().lock(), "stdin")?;
                 without_last_line_break(utf8(bytes, "the prompt on stdin")?)
             }
         };
@@ -112,6 +116,16 @@ impl Prompt {
     }
 }
 
+/// All that `reader` gives, unless it gives more than any model could read.
+fn read_prompt(reader: impl Read, what: &str) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    reader.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).with_context(|| format!("{what}: cannot be read"))?;
+    if bytes.len() as u64 > MAX_PROMPT_BYTES {
+        return Err(Failure::new(format!("{what}: the prompt has more than {MAX_PROMPT_BYTES} bytes")).into());
+    }
+    Ok(bytes)
+}
+
 fn utf8(bytes: Vec<u8>, what: &str) -> anyhow::Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
@@ -139,6 +153,7 @@ fn options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions {
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
         eos: if args.ignore_eos { Vec::new() } else { loaded.eos.clone() },
+        is_interrupted: interrupt::is_requested,
     }
 }
 
@@ -189,7 +204,7 @@ impl Report {
             prompt_ids: prompt_ids.to_vec(),
             ids: generation.ids().to_vec(),
             text,
-            finish_reason: generation.finish_reason().map_or("interrupted", |reason| reason.name()),
+            finish_reason: generation.finish_reason().map_or("", FinishReason::name),
             timings: Timings {
                 load_seconds: loaded.duration.as_secs_f64(),
                 prompt_seconds: prompt.as_secs_f64(),
@@ -210,15 +225,20 @@ impl Report {
     /// One line for people.
     fn summary(&self) -> String {
         let Memory { weight_bytes, weight_bytes_f16, .. } = self.memory;
+        let ratio = match self.precision {
+            "int8" => format!(" ({:.2}x smaller than 16-bit)", weight_bytes_f16 as f64 / weight_bytes as f64),
+            _ => String::new(),
+        };
+        let tokens = |count: usize| if count == 1 { "1 token".to_string() } else { format!("{count} tokens") };
+        let rate = |rate: f64| if rate > 0.0 { format!(", {rate:.1} tokens/s") } else { String::new() };
         format!(
-            "{} weights {} ({:.2}x smaller than 16-bit) · prompt {} tokens, {:.1} tokens/s · generated {} tokens, {:.1} tokens/s · {}",
+            "{} weights {}{ratio} · prompt {}{} · generated {}{} · {}",
             self.precision,
             output::bytes(weight_bytes),
-            weight_bytes_f16 as f64 / weight_bytes as f64,
-            self.prompt_ids.len(),
-            self.timings.prompt_tokens_per_second,
-            self.ids.len(),
-            self.timings.generation_tokens_per_second,
+            tokens(self.prompt_ids.len()),
+            rate(self.timings.prompt_tokens_per_second),
+            tokens(self.ids.len()),
+            rate(self.timings.generation_tokens_per_second),
             self.finish_reason,
         )
     }

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, load};
 use int8_ops::cpu::Kernels;
@@ -22,8 +23,12 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
         // kernels use, and by candle's own, when each is first used; candle offers no other way.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
-    if let Some(name) = &args.instruction_set {
-        Kernels::select(name)?;
+    rayon::ThreadPoolBuilder::new().build_global().context("threads cannot be started")?;
+    if let Some(name) = args.instruction_set.as_deref().filter(|name| !name.is_empty()) {
+        Kernels::select(name).map_err(|error| {
+            let hint = "leave out --instruction-set, and the variable LLM8_INSTRUCTION_SET, for the fastest";
+            Failure::new(error.to_string().lines().next().unwrap_or_default()).with_hint(hint)
+        })?;
     }
     Ok(())
 }
@@ -32,9 +37,9 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
 pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
     let Some(path) = &args.model else {
         if !output.quiet {
-            eprintln!(
+            output::say(
                 "No model given: this is the small demonstration model, trained on Debian's documentation.\n\
-                 Name a real one by its folder: --model path/to/bloomz-560m"
+                 Name a real one by its folder: --model path/to/bloomz-560m",
             );
         }
         return Ok(demo::folder());
@@ -44,10 +49,13 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
 
 /// The precision that the arguments describe; flags that belong to int8 are refused with another.
 pub fn precision(args: &ModelArgs) -> anyhow::Result<Precision> {
-    let is_default = args.threshold == int8_ops::OUTLIER_THRESHOLD && args.skip_modules.is_empty() && !args.int8_head;
-    if args.precision != PrecisionName::Int8 && !is_default {
-        let message = "--threshold, --skip-module and --int8-head belong to --precision int8";
-        return Err(Failure::usage(message).into());
+    let given = [
+        ("--threshold", args.threshold != int8_ops::OUTLIER_THRESHOLD),
+        ("--skip-module", !args.skip_modules.is_empty()),
+        ("--int8-head", args.int8_head),
+    ];
+    if let (true, Some((flag, _))) = (args.precision != PrecisionName::Int8, given.iter().find(|(_, given)| *given)) {
+        return Err(Failure::usage(format!("{flag} belongs to --precision int8")).into());
     }
     Ok(match args.precision {
         PrecisionName::F32 => Precision::F32,
@@ -80,9 +88,9 @@ pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &O
     let loaded = loaded?;
     if output.verbose {
         for entry in loaded.ledger.entries() {
-            eprintln!("{:>10}  {}", output::bytes(entry.bytes), entry.name);
+            output::say(&format!("{:>10}  {}", output::bytes(entry.bytes), entry.name));
         }
-        eprintln!("{} threads, {} kernels", rayon::current_num_threads(), Kernels::active().name);
+        output::say(&format!("{} threads, {} kernels", rayon::current_num_threads(), Kernels::active().name));
     }
     Ok(loaded)
 }
