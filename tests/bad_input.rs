@@ -38,6 +38,9 @@ fn a_config_that_is_missing_or_not_json() {
     let folder = copy_of(SMALL, "config-missing");
     fs::remove_file(folder.join("config.json")).unwrap();
     check_model(&folder, &["config.json: no such file", "hint: is this the folder of a Hugging Face model?"]);
+    // The tokenizer, which is missing too, is not blamed.
+    let output = llm8(&["generate", "-q", "-m", folder.to_str().unwrap(), "Debian"]).output().unwrap();
+    check_failure(&output, 1, &["config.json: no such file"]);
     fs::write(folder.join("config.json"), "{\"model_type\": ").unwrap();
     check_model(&folder, &["config.json: is not JSON"]);
     fs::write(folder.join("config.json"), "[1, 2]").unwrap();

@@ -26,14 +26,8 @@ impl Config {
         match folder.read_json(Self::FILE)? {
             Some(Value::Object(values)) => Ok(Self { file, values }),
             Some(_) => Err(folder.problem(Self::FILE, "is not a JSON object".to_string())),
-            None => Err(Self::missing(folder)),
+            None => Err(Error::MissingFile { file, hint: "is this the folder of a Hugging Face model?".to_string() }),
         }
-    }
-
-    /// The error of a folder without a config.json.
-    pub(crate) fn missing(folder: &ModelFolder) -> Error {
-        let hint = "is this the folder of a Hugging Face model?".to_string();
-        Error::MissingFile { file: folder.file(Self::FILE), hint }
     }
 
     /// `model_type`, or the first of `architectures` where there is none.

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// The most that a config, an index or a tokenizer may take; the largest published one has 15 MB.
@@ -41,14 +40,11 @@ impl Deref for Bytes {
 }
 
 impl ModelFolder {
-    /// The folder at `path`; an error when there is none, or when it holds no config.json.
+    /// The folder at `path`; an error when there is none.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let problem = match path.metadata() {
-            Ok(metadata) if metadata.is_dir() => {
-                let folder = Self { path, embedded: None };
-                return if folder.has(Config::FILE) { Ok(folder) } else { Err(Config::missing(&folder)) };
-            }
+            Ok(metadata) if metadata.is_dir() => return Ok(Self { path, embedded: None }),
             Ok(_) => "not a folder".to_string(),
             Err(error) if error.kind() == ErrorKind::NotFound => "no such folder".to_string(),
             Err(error) => error.to_string(),

@@ -42,6 +42,6 @@ pub use error::{Error, Result};
 pub use folder::ModelFolder;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
 pub use ledger::{Ledger, LedgerEntry};
-pub use load::{LoadOptions, Loaded, Progress, load};
+pub use load::{LoadOptions, Loaded, Progress, architecture, load};
 pub use precision::{Int8Options, Precision};
 pub use text::{TextCodec, TextStream};

@@ -68,6 +68,14 @@ pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
     Ok(Loaded { model, ledger, eos, duration: start.elapsed() })
 }
 
+/// The architecture of the model in `folder`, `bloom` or `opt`, from its config alone: what to ask
+/// before anything large is read.
+///
+/// Errors when there is no config.json, or when it is of another architecture.
+pub fn architecture(folder: &ModelFolder) -> Result<&'static str> {
+    Ok(Family::of(&Config::read(folder)?)?.name())
+}
+
 /// The families of models; the only list of them.
 enum Family {
     Bloom,
@@ -80,6 +88,13 @@ impl Family {
             Some(Bloom::MODEL_TYPE | "BloomForCausalLM") => Ok(Self::Bloom),
             Some(Opt::MODEL_TYPE | "OPTForCausalLM") => Ok(Self::Opt),
             _ => Err(config.unsupported(&[Bloom::MODEL_TYPE, Opt::MODEL_TYPE])),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Bloom => Bloom::MODEL_TYPE,
+            Self::Opt => Opt::MODEL_TYPE,
         }
     }
 

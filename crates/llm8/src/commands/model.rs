@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, load};
+use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, architecture, load};
 use int8_ops::cpu::Kernels;
 
 use crate::args::{Device, ModelArgs, OutputArgs, PrecisionName};
@@ -33,7 +33,8 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The folder of the model; without one in the arguments, the demonstration model, which is said.
+/// The folder of the model, which must be of an architecture that there is; without one in the
+/// arguments, the demonstration model, which is said.
 pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
     let Some(path) = &args.model else {
         if !output.quiet {
@@ -44,7 +45,12 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
         }
         return Ok(demo::folder());
     };
-    Ok(ModelFolder::open(path)?)
+    let folder = ModelFolder::open(path)?;
+    let architecture = architecture(&folder)?;
+    if output.verbose {
+        output::say(&format!("{}: {architecture}", path.display()));
+    }
+    Ok(folder)
 }
 
 /// The precision that the arguments describe; flags that belong to int8 are refused with another.
