@@ -101,7 +101,7 @@ fn a_config_whose_sizes_make_no_sense_or_contradict_the_tensors() {
         (
             "n_layer",
             1.into(),
-            "tensor `transformer.h.1.input_layernorm.bias`: is of one block more than the 1 that config.json calls for",
+            "tensor `transformer.h.1.input_layernorm.bias`: is of block 1, counted from 0, but config.json calls for 1 blocks",
         ),
         ("layer_norm_epsilon", 1e300.into(), "`layer_norm_epsilon` is 1e+300, wanted a number above 0"),
         ("n_layer", "two".into(), "`n_layer` is \"two\", wanted a whole number"),
@@ -449,6 +449,8 @@ fn what_this_machine_or_build_does_not_have() {
         1,
         &["no CUDA support", "--device cpu"],
     );
+    let output = llm8(&["generate", "-q", "--instruction-set", "a\nb", "x"]).output().unwrap();
+    check_failure(&output, 1, &["instruction set `a\\nb` is not available here; there is", "portable"]);
     let output = llm8(&["generate", "-q", "--instruction-set", "mmx", "x"]).output().unwrap();
     check_failure(&output, 1, &["instruction set `mmx` is not available here; there is", "portable"]);
 }

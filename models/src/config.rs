@@ -91,10 +91,13 @@ impl Config {
     pub(crate) fn positive(&self, key: &str, default: f64) -> Result<f64> {
         match self.value(&[key]) {
             None => Ok(default),
-            Some((_, value)) => match value.as_f64() {
-                Some(number) if number as f32 > 0.0 && (number as f32).is_finite() => Ok(number),
-                _ => Err(self.problem(format!("`{key}` is {value}, wanted a number above 0"))),
-            },
+            Some((_, value)) => {
+                match value.as_f64() {
+                    Some(number) if number as f32 > 0.0 && (number as f32).is_finite() => Ok(number),
+                    _ => Err(self
+                        .problem(format!("`{key}` is {value}, wanted a number above 0 that a 32-bit float can hold"))),
+                }
+            }
         }
     }
 

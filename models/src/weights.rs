@@ -94,7 +94,9 @@ impl<'a> Weights<'a> {
     pub(crate) fn blocks(&self, name: &str, count: usize) -> Result<impl Iterator<Item = Self>> {
         let blocks = self.pp(name);
         if let Some(tensor) = self.loader.checkpoint.first_below(&blocks.pp(count).path) {
-            return Err(tensor.problem(format!("is of one block more than the {count} that config.json calls for")));
+            let hint = "the config.json may be of another model, or have been changed";
+            let problem = format!("is of block {count}, counted from 0, but config.json calls for {count} blocks");
+            return Err(tensor.problem_with_hint(problem, Some(hint.to_string())));
         }
         Ok((0..count).map(move |index| blocks.pp(index)))
     }
@@ -220,6 +222,9 @@ impl<'a> Weights<'a> {
         let mut scales = vec![0f32; rows];
         absmax.widen(0, &mut scales);
         absmax.check_finite(0, &scales)?;
+        if let Some(row) = scales.iter().position(|scale| *scale < 0.0) {
+            return Err(absmax.problem(format!("value [{row}] is {}, wanted a magnitude", scales[row])));
+        }
         scales.iter_mut().for_each(|scale| *scale /= MAX_CODE);
         Ok(scales)
     }

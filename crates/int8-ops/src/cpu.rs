@@ -94,7 +94,7 @@ impl Kernels {
     pub fn select(name: &str) -> Result<()> {
         let Some(kernels) = Self::available().find(|kernels| kernels.name == name) else {
             let names: Vec<_> = Self::available().map(|kernels| kernels.name).collect();
-            bail!("instruction set `{name}` is not available here; there is {}", names.join(", "))
+            bail!("instruction set `{}` is not available here; there is {}", name.escape_debug(), names.join(", "))
         };
         let active = ACTIVE.get_or_init(|| kernels);
         if active.name != name {

@@ -48,7 +48,7 @@ pub struct ModelArgs {
     #[arg(long)]
     pub int8_head: bool,
 
-    /// Where to run: auto, cpu, cuda or cuda:N.
+    /// Where to run: auto or cpu. A build with CUDA support, for cuda and cuda:N, is still to come.
     #[arg(long, default_value = "auto", value_parser = device)]
     pub device: Device,
 
@@ -138,7 +138,7 @@ pub struct SamplingArgs {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
 
-    /// 0 takes the likeliest token each time; higher values draw more freely.
+    /// 0 takes the likeliest token each time; higher values, up to 100, draw more freely.
     #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
     pub temperature: f64,
 
@@ -152,7 +152,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "P", value_parser = probability)]
     pub top_p: Option<f64>,
 
-    /// Above 1, tokens that the prompt or the text holds already become less likely.
+    /// Above 1, tokens that the prompt or the text holds already become less likely; 0.01 to 100.
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = penalty)]
     pub repetition_penalty: f32,
 
@@ -178,8 +178,8 @@ fn number(text: &str, holds: impl Fn(f64) -> bool, wanted: &str) -> Result<f64, 
 }
 
 fn threshold(text: &str) -> Result<f32, String> {
-    let is_threshold = |value: f64| value == 0.0 || (value as f32 > 0.0 && (value as f32).is_finite());
-    number(text, is_threshold, "a number from 0 up").map(|value| value as f32)
+    let is_threshold = |value: f64| value == 0.0 || (1e-30..=1e30).contains(&value);
+    number(text, is_threshold, "0, or a number from 1e-30 to 1e30").map(|value| value as f32)
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -46,7 +46,7 @@ impl PytorchFile {
             folder.problem_with_hint(
                 name,
                 format!("damaged or incomplete PyTorch checkpoint: {error}"),
-                "fetch the file again",
+                "fetch the file again, or save it again with torch.save",
             )
         })?;
         // `NAME/data.pkl`, whatever the name.
@@ -107,7 +107,7 @@ fn stored_entries(bytes: &[u8]) -> std::result::Result<HashMap<String, Range<usi
             let entry = archive.by_index_raw(index).map_err(|error| error.to_string())?;
             let name = entry.name().map_err(|error| error.to_string())?.into_owned();
             if entry.compression() != CompressionMethod::Stored || entry.encrypted() {
-                return Err(format!("`{name}` is compressed or encrypted"));
+                return Err(format!("`{name}` is compressed or encrypted, as torch.save leaves nothing"));
             }
             let start = entry.data_start().and_then(|start| usize::try_from(start).ok());
             let len = usize::try_from(entry.size()).ok();

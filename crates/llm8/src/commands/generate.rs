@@ -22,7 +22,7 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
     let loaded = model::load_with_progress(&folder, precision.clone(), &args.output)?;
-    interrupt::listen()?;
+    interrupt::listen(args.output.quiet);
 
     let mut generation = generate(loaded.model.as_ref(), &prompt_ids, &options(&args.sampling, &loaded))?;
     let mut stdout = std::io::stdout().lock();

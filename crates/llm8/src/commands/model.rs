@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 
-use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, architecture, load};
 use int8_ops::cpu::Kernels;
@@ -23,10 +22,13 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
         // kernels use, and by candle's own, when each is first used; candle offers no other way.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
-    rayon::ThreadPoolBuilder::new().build_global().context("threads cannot be started")?;
+    rayon::ThreadPoolBuilder::new().build_global().map_err(|error| {
+        Failure::new(format!("threads cannot be started: {error}")).with_hint("ask for fewer with --threads")
+    })?;
     if let Some(name) = args.instruction_set.as_deref().filter(|name| !name.is_empty()) {
         Kernels::select(name).map_err(|error| {
             let hint = "leave out --instruction-set, and the variable LLM8_INSTRUCTION_SET, for the fastest";
+            // A Candle error may carry a backtrace.
             Failure::new(error.to_string().lines().next().unwrap_or_default()).with_hint(hint)
         })?;
     }
@@ -48,7 +50,7 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
     let folder = ModelFolder::open(path)?;
     let architecture = architecture(&folder)?;
     if output.verbose {
-        output::say(&format!("{}: {architecture}", path.display()));
+        output::say(&format!("architecture {architecture}"));
     }
     Ok(folder)
 }
