@@ -215,6 +215,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_failed_pass_left_is_written_over() -> Result<()> {
+        let mut cache = KvCache::new(2);
+        let tokens = |count: usize, value: f32| Tensor::full(value, (1, 1, count, 2), &Device::Cpu);
+        // The first of two layers only, and then a longer pass through both.
+        cache.append(0, &tokens(3, 1.0)?, &tokens(3, 1.0)?)?;
+        assert!(cache.is_empty());
+        for layer in 0..2 {
+            let (keys, values) = cache.append(layer, &tokens(100, 2.0)?, &tokens(100, 3.0)?)?;
+            assert_eq!(keys.flatten_all()?.to_vec1::<f32>()?, [2.0; 200]);
+            assert_eq!(values.flatten_all()?.to_vec1::<f32>()?, [3.0; 200]);
+        }
+        assert_eq!(cache.len(), 100);
+        Ok(())
+    }
+
+    #[test]
     fn a_cache_keeps_what_was_appended_while_it_grows() -> Result<()> {
         let mut cache = KvCache::new(1);
         let token = |value: f32| Tensor::full(value, (2, 3, 1, 4), &Device::Cpu);
