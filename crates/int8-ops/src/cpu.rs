@@ -14,6 +14,7 @@ mod avx_vnni;
 mod neon;
 mod portable;
 mod product;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiles;
 
 use std::sync::OnceLock;

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::tiles::for_each_tile;
+use super::tiles::{for_each_tile, half_tail, int8_tail};
 use super::{Kernels, portable};
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
@@ -79,8 +79,7 @@ fn int8_tile<const T: usize, const R: usize>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = codes[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
-            let tail: i32 = tail.map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum();
+            let tail = int8_tail(&codes[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             sums[t * stride + r] = add_lanes(acc) + tail;
         }
     }
@@ -149,8 +148,7 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = x[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
-            let tail: f32 = tail.map(|(&x, &weight)| x * weight.into()).sum();
+            let tail = half_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             let acc = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
             let acc = _mm_add_ps(acc, _mm_movehl_ps(acc, acc));
             let acc = _mm_add_ss(acc, _mm_shuffle_ps::<0b01>(acc, acc));

@@ -5,7 +5,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use half::{bf16, f16};
 
-use super::tiles::for_each_tile;
+use super::tiles::{for_each_tile, half_tail, int8_tail};
 use super::{Kernels, portable};
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
@@ -57,8 +57,7 @@ fn int8_tile<const T: usize, const R: usize>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = codes[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
-            let tail: i32 = tail.map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum();
+            let tail = int8_tail(&codes[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             sums[t * stride + r] = vaddvq_s32(acc) + tail;
         }
     }
@@ -139,8 +138,7 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = x[t * cols..][whole..cols].iter().zip(&weight[r * cols..][whole..cols]);
-            let tail: f32 = tail.map(|(&x, &weight)| x * weight.into()).sum();
+            let tail = half_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             sums[t * stride + r] = vaddvq_f32(acc) + tail;
         }
     }

@@ -46,3 +46,15 @@ pub(super) fn take_off_offset(code_sums: &[i32], rows: usize, sums: &mut [i32]) 
         sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
     }
 }
+
+/// `Σ codes * weight` over the columns after a row's last whole vector.
+#[inline(always)]
+pub(super) fn int8_tail(codes: &[i8], weight: &[i8]) -> i32 {
+    codes.iter().zip(weight).map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum()
+}
+
+/// `Σ x * weight` over the columns after a row's last whole vector.
+#[inline(always)]
+pub(super) fn half_tail<H: Copy + Into<f32>>(x: &[f32], weight: &[H]) -> f32 {
+    x.iter().zip(weight).map(|(&x, &weight)| x * weight.into()).sum()
+}
