@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use ::safetensors::Dtype;
-use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::files::{WeightForm, weight_map};
 use crate::folder::ModelFolder;
 use pytorch::PytorchFile;
 use safetensors::SafetensorsFile;
@@ -74,73 +74,53 @@ impl WeightFile {
     }
 }
 
-/// The names that weights are published under, the preferred first: a file, and the index of its
-/// shards where it is split.
-const FORMS: [(&str, &str); 2] =
-    [("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")];
-
 impl Checkpoint {
     /// Opens the weights in `folder`: safetensors where there are any, else PyTorch's own format; one
     /// file, or the shards that an index lists.
     pub(crate) fn open(folder: &ModelFolder) -> Result<Self> {
-        for (single, index) in FORMS {
-            if folder.has(single) {
-                let file = WeightFile::open(folder, single)?;
+        match WeightForm::choose(|name| folder.has(name)) {
+            Some(WeightForm::Single(name)) => {
+                let file = WeightFile::open(folder, name)?;
                 let tensors = file.names().into_iter().map(|name| (name, 0)).collect();
-                return Ok(Self { files: vec![file], tensors });
+                Ok(Self { files: vec![file], tensors })
             }
-            if let Some(json) = folder.read_json(index)? {
-                return Self::open_shards(folder, index, &json);
+            Some(WeightForm::Sharded(index)) => Self::open_shards(folder, index),
+            None => {
+                let [safetensors, safetensors_index, pytorch, pytorch_index] = WeightForm::NAMES.map(WeightForm::name);
+                let hint = format!(
+                    "the weights must be in {safetensors} or {pytorch}, or in shards that {safetensors_index} or \
+                     {pytorch_index} lists"
+                );
+                Err(Error::MissingFile { file: folder.file(safetensors), hint })
             }
         }
-        let [(safetensors, safetensors_index), (pytorch, pytorch_index)] = FORMS;
-        Err(Error::MissingFile {
-            file: folder.file(safetensors),
-            hint: format!(
-                "the weights must be in {safetensors} or {pytorch}, or in shards that {safetensors_index} or \
-                 {pytorch_index} lists"
-            ),
-        })
     }
 
-    fn open_shards(folder: &ModelFolder, index: &str, json: &Value) -> Result<Self> {
-        let Some(weight_map) = json.get("weight_map").and_then(Value::as_object) else {
-            return Err(folder.problem(index, "`weight_map` is missing, wanted an object of tensor names".to_string()));
-        };
-        if weight_map.is_empty() {
-            return Err(folder.problem(index, "`weight_map` names no tensor".to_string()));
-        }
+    fn open_shards(folder: &ModelFolder, index: &str) -> Result<Self> {
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
-        let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
-        for (name, shard) in weight_map {
-            let shard = match shard.as_str() {
-                Some(shard) if Path::new(shard).file_name().is_some_and(|file| file == shard) => shard,
-                _ => {
-                    let problem = format!("tensor `{name}` is in {shard}, wanted the name of a file in this folder");
-                    return Err(folder.problem(index, problem));
-                }
-            };
-            let file = match opened.get(shard) {
+        let mut opened: BTreeMap<String, usize> = BTreeMap::new();
+        for (name, shard) in weight_map(folder, index)? {
+            let file = match opened.get(&shard) {
                 Some(file) => *file,
                 None => {
-                    if !folder.has(shard) {
+                    if !folder.has(&shard) {
                         let hint = format!("{index} names this shard: fetch it again");
-                        return Err(Error::MissingFile { file: folder.file(shard), hint });
+                        return Err(Error::MissingFile { file: folder.file(&shard), hint });
                     }
-                    files.push(WeightFile::open(folder, shard)?);
-                    opened.insert(shard, files.len() - 1);
+                    files.push(WeightFile::open(folder, &shard)?);
+                    opened.insert(shard.clone(), files.len() - 1);
                     files.len() - 1
                 }
             };
-            if files[file].tensor(name).is_none() {
+            if files[file].tensor(&name).is_none() {
                 return Err(Error::Tensor {
-                    file: folder.file(shard),
-                    tensor: name.clone(),
+                    file: folder.file(&shard),
+                    tensor: name,
                     problem: format!("not in the file, though {index} says so"),
                     hint: Some("the shards and their index do not belong together: fetch them again".to_string()),
                 });
             }
-            tensors.insert(name.clone(), file);
+            tensors.insert(name, file);
         }
         Ok(Self { files, tensors })
     }
@@ -159,7 +139,7 @@ impl Checkpoint {
 
     /// The file that a message about a tensor that is not there should name.
     pub(crate) fn first_file(&self) -> &Path {
-        self.files.first().map_or(Path::new(FORMS[0].0), WeightFile::path)
+        self.files.first().map_or(Path::new(WeightForm::NAMES[0].name()), WeightFile::path)
     }
 
     /// Bytes of all tensors.

@@ -20,6 +20,7 @@ pub(crate) struct Config {
 
 impl Config {
     pub(crate) const FILE: &str = "config.json";
+    pub(crate) const GENERATION_FILE: &str = "generation_config.json";
 
     pub(crate) fn read(folder: &ModelFolder) -> Result<Self> {
         let file = folder.file(Self::FILE);
@@ -119,11 +120,10 @@ impl Config {
 
     /// The same lookups in generation_config.json, if there is one.
     pub(crate) fn read_generation(folder: &ModelFolder) -> Result<Option<Self>> {
-        const FILE: &str = "generation_config.json";
-        match folder.read_json(FILE)? {
+        match folder.read_json(Self::GENERATION_FILE)? {
             None => Ok(None),
-            Some(Value::Object(values)) => Ok(Some(Self { file: folder.file(FILE), values })),
-            Some(_) => Err(folder.problem(FILE, "is not a JSON object".to_string())),
+            Some(Value::Object(values)) => Ok(Some(Self { file: folder.file(Self::GENERATION_FILE), values })),
+            Some(_) => Err(folder.problem(Self::GENERATION_FILE, "is not a JSON object".to_string())),
         }
     }
 }

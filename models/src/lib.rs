@@ -20,12 +20,14 @@
 //! # Ok::<(), int8_models::Error>(())
 //! ```
 
+mod agreement;
 mod attention;
 mod bloom;
 mod causal_lm;
 mod checkpoint;
 mod config;
 mod error;
+mod files;
 mod folder;
 mod generate;
 mod layers;
@@ -33,15 +35,19 @@ mod ledger;
 mod load;
 mod opt;
 mod precision;
+mod score;
 mod text;
 mod weights;
 
+pub use agreement::Agreement;
 pub use attention::KvCache;
 pub use causal_lm::CausalLm;
 pub use error::{Error, Result};
+pub use files::{WeightForm, small_files};
 pub use folder::ModelFolder;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
 pub use ledger::{Ledger, LedgerEntry};
 pub use load::{LoadOptions, Loaded, Progress, architecture, load};
 pub use precision::{Int8Options, Precision};
+pub use score::score;
 pub use text::{TextCodec, TextStream};
