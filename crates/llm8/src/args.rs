@@ -18,22 +18,42 @@ pub struct Args {
 pub enum Command {
     /// Write the text that follows a prompt.
     Generate(Box<GenerateArgs>),
+    /// Run a model at 16 bits and at int8 in turn, and compare.
+    Compare(Box<CompareArgs>),
+    /// Fetch a model from the Hugging Face Hub, to be used later.
+    Download(DownloadArgs),
 }
 
-/// Which model, and how it is held in memory.
+/// Which model.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Folder of a Hugging Face checkpoint of BLOOM or OPT: config.json, the tokenizer's files, and
-    /// weights in safetensors or pytorch_model.bin. Without it, the small demonstration model inside
-    /// this program is used.
-    #[arg(short, long, value_name = "FOLDER")]
+    /// A BLOOM or OPT model: its id on the Hugging Face Hub, such as bigscience/bloomz-560m, or a folder
+    /// with config.json, the tokenizer's files, and weights in safetensors or pytorch_model.bin. Without
+    /// it, the small demonstration model inside this program is used.
+    #[arg(short, long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
 
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+/// What the weights are held in.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Precision")]
+pub struct PrecisionArgs {
     /// What the weights of the linear layers are held in.
     #[arg(long, value_enum, default_value_t = PrecisionName::Int8)]
     pub precision: PrecisionName,
 
+    #[command(flatten)]
+    pub int8: Int8Args,
+}
+
+/// How LLM.int8() is done.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Precision")]
+pub struct Int8Args {
     /// Magnitude from which a feature of the activations is an outlier and stays in float; 0 keeps
     /// none in float [int8 only].
     #[arg(long, value_name = "X", default_value_t = int8_ops::OUTLIER_THRESHOLD, value_parser = threshold)]
@@ -47,7 +67,12 @@ pub struct ModelArgs {
     /// Hold the embedding and the head in int8 too: less memory, a little less exact [int8 only].
     #[arg(long)]
     pub int8_head: bool,
+}
 
+/// What to compute with.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
     /// Where to run: auto or cpu. A build with CUDA support, for cuda and cuda:N, is still to come.
     #[arg(long, default_value = "auto", value_parser = device)]
     pub device: Device,
@@ -62,11 +87,44 @@ pub struct ModelArgs {
     pub instruction_set: Option<String>,
 }
 
+/// How a model is found on the Hugging Face Hub, and where it is kept.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Hub")]
+pub struct HubArgs {
+    /// Branch, tag or commit of a model on the Hub [default: main].
+    #[arg(long, value_name = "R")]
+    pub revision: Option<String>,
+
+    /// Access token for private and gated models [default: HF_TOKEN, or the login that Python's tools
+    /// have stored].
+    #[arg(long, value_name = "T")]
+    pub token: Option<String>,
+
+    /// Where models of the Hub are kept [default: HF_HUB_CACHE, or the cache that Python's tools share].
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Use what is in the cache, and no network, as HF_HUB_OFFLINE=1 does.
+    #[arg(long)]
+    pub offline: bool,
+}
+
 /// The names of the precisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PrecisionName {
     /// LLM.int8(): blocks in 8 bits, embedding and head in 16.
     Int8,
+    /// 16-bit floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit floats.
+    F32,
+}
+
+/// What int8 can be compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BaselineName {
     /// 16-bit floats.
     F16,
     /// bfloat16.
@@ -101,12 +159,9 @@ pub struct OutputArgs {
     pub verbose: bool,
 }
 
-/// Write the text that follows a prompt.
-///
-/// The text goes to stdout as it comes; everything else goes to stderr.
+/// What the model is to go on from.
 #[derive(Debug, clap::Args)]
-#[command(allow_negative_numbers = true)]
-pub struct GenerateArgs {
+pub struct PromptArgs {
     /// The prompt; `-` reads it from stdin, as does leaving it out when stdin is not a terminal. One
     /// line break at the end of a prompt from stdin or a file is not part of it.
     pub prompt: Option<OsString>,
@@ -119,15 +174,66 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
     #[arg(conflicts_with_all = ["prompt", "prompt_file"])]
     pub prompt_ids: Option<Vec<u32>>,
+}
+
+/// Write the text that follows a prompt.
+///
+/// The text goes to stdout as it comes; everything else goes to stderr.
+#[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub prompt: PromptArgs,
 
     #[command(flatten)]
     pub model: ModelArgs,
 
     #[command(flatten)]
+    pub precision: PrecisionArgs,
+
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 
     #[command(flatten)]
+    pub machine: MachineArgs,
+
+    #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Run a model at 16 bits and at int8 in turn, and show what int8 saves and what it costs.
+#[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
+pub struct CompareArgs {
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// What int8 is compared with.
+    #[arg(long, value_enum, default_value_t = BaselineName::F16, help_heading = "Precision")]
+    pub baseline: BaselineName,
+
+    /// Keep both models in memory, instead of one after the other.
+    #[arg(long, help_heading = "Precision")]
+    pub together: bool,
+
+    #[command(flatten)]
+    pub int8: Int8Args,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    /// Write the comparison as a page to this file.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub html: Option<PathBuf>,
 }
 
 /// How tokens are chosen, and when to stop.
@@ -163,6 +269,27 @@ pub struct SamplingArgs {
     /// Go on when the model ends its text.
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+/// Fetch a model from the Hugging Face Hub, to be used later.
+///
+/// What an interrupted download has left is taken up. The model's folder is written to stdout.
+#[derive(Debug, clap::Args)]
+pub struct DownloadArgs {
+    /// The model's id, such as bigscience/bloomz-560m.
+    #[arg(short, long, value_name = "MODEL")]
+    pub model: String,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
+
+    /// Write one JSON object with `model`, `folder`, `commit`, `files` and their `bytes` to stdout.
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+
+    /// Say nothing on stderr but errors.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
 }
 
 fn token_id(text: &str) -> Result<u32, String> {

@@ -1,4 +1,8 @@
-//! One file a command; `model` is what every command starts with.
+//! One file a command; `model`, `prompt` and `report` are what several share.
 
+pub mod compare;
+pub mod download;
 pub mod generate;
 mod model;
+mod prompt;
+mod report;

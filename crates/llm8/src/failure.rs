@@ -4,24 +4,30 @@ use std::process::ExitCode;
 
 use int8_models::Error;
 
-use crate::output;
+use crate::{interrupt, output};
 
 /// An error of the program's own, with what to do about it.
 #[derive(Debug)]
 pub struct Failure {
     message: String,
     hint: Option<String>,
-    /// Whether the command line was wrong, rather than what it led to.
-    is_usage: bool,
+    /// What the program exits with.
+    code: u8,
 }
 
 impl Failure {
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None, is_usage: false }
+        Self { message: message.into(), hint: None, code: 1 }
     }
 
+    /// The command line was wrong, rather than what it led to.
     pub fn usage(message: impl Into<String>) -> Self {
-        Self { is_usage: true, ..Self::new(message) }
+        Self { code: 2, ..Self::new(message) }
+    }
+
+    /// Ctrl-C ended what was asked for.
+    pub fn interrupted(message: impl Into<String>) -> Self {
+        Self { code: interrupt::EXIT_CODE, ..Self::new(message) }
     }
 
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
@@ -46,11 +52,13 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(is_closed_pipe) {
         return ExitCode::SUCCESS;
     }
-    output::say(&format!("error: {}", format!("{error:#}").replace('\n', "\\n")));
     let failure = error.downcast_ref::<Failure>();
+    let code = failure.map_or(1, |failure| failure.code);
+    let kind = if code == interrupt::EXIT_CODE { "interrupted" } else { "error" };
+    output::say(&format!("{kind}: {}", format!("{error:#}").replace('\n', "\\n")));
     let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| error.downcast_ref::<Error>()?.hint());
     if let Some(hint) = hint {
         output::say(&format!("hint: {}", hint.replace('\n', "\\n")));
     }
-    ExitCode::from(if failure.is_some_and(|failure| failure.is_usage) { 2 } else { 1 })
+    ExitCode::from(code)
 }

@@ -4,8 +4,10 @@ mod args;
 mod commands;
 mod demo;
 mod failure;
+mod hub;
 mod interrupt;
 mod output;
+mod page;
 
 use std::process::ExitCode;
 
@@ -24,5 +26,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Generate(args) => commands::generate::run(args),
+        Command::Compare(args) => commands::compare::run(args),
+        Command::Download(args) => commands::download::run(args),
     }
 }

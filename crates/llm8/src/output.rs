@@ -1,7 +1,10 @@
 //! Words and numbers for people.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
+
+use crate::failure::Failure;
 
 /// Writes a line to stderr. Where nobody can read it, that is no reason to fail.
 ///
@@ -34,6 +37,24 @@ pub fn bytes(bytes: usize) -> String {
         2
     };
     format!("{value:.digits$} {}", units[unit])
+}
+
+/// Writes a file as a whole: under another name first, so that whatever fails leaves what was there.
+pub fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
+    let cannot =
+        |error: &dyn std::fmt::Display| Failure::new(format!("{}: cannot be written: {error}", path.display()));
+    if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+        return Err(cannot(&"it is not a plain file").into());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // Like any new file, and not for the owner alone: the umask takes from this what it should.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(|error| cannot(&error))?;
+    file.write_all(content.as_bytes()).map_err(|error| cannot(&error))?;
+    file.persist(path).map_err(|error| cannot(&error.error))?;
+    Ok(())
 }
 
 /// Things a second; 0 when no time has passed.

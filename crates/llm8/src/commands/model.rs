@@ -1,18 +1,19 @@
-//! From the arguments to a loaded model and its tokenizer.
+//! From the arguments to a loaded model and how it is to be run.
 
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use int8_models::{Int8Options, LoadOptions, Loaded, ModelFolder, Precision, architecture, load};
+use int8_models::{GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, architecture, load};
 use int8_ops::cpu::Kernels;
 
-use crate::args::{Device, ModelArgs, OutputArgs, PrecisionName};
+use crate::args::{Device, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, SamplingArgs};
 use crate::demo;
 use crate::failure::Failure;
-use crate::output;
+use crate::hub::{self, Hub};
+use crate::{interrupt, output};
 
 /// Sets up threads and kernels as the arguments say.
-pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
+pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
     if let Device::Cuda(_) = args.device {
         let failure = Failure::new("this llm8 has no CUDA support");
         return Err(failure.with_hint("leave out --device, or give --device cpu").into());
@@ -35,6 +36,11 @@ pub fn set_up(args: &ModelArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the model is called.
+pub fn name(args: &ModelArgs) -> String {
+    args.model.as_ref().map_or(demo::NAME.to_string(), |model| model.display().to_string())
+}
+
 /// The folder of the model, which must be of an architecture that there is; without one in the
 /// arguments, the demonstration model, which is said.
 pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
@@ -42,12 +48,19 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
         if !output.quiet {
             output::say(
                 "No model given: this is the small demonstration model, trained on Debian's documentation.\n\
-                 Name a real one by its folder: --model path/to/bloomz-560m",
+                 Name a real one, on the Hugging Face Hub or by its folder: --model bigscience/bloomz-560m",
             );
         }
         return Ok(demo::folder());
     };
-    let folder = ModelFolder::open(path)?;
+    // A folder comes first: an id that is also one is meant as such.
+    let folder = match path.to_str() {
+        Some(id) if !path.exists() && hub::is_id(id) => {
+            interrupt::listen(output.quiet);
+            ModelFolder::open(Hub::new(id, &args.hub, output.quiet)?.fetch()?)?
+        }
+        _ => ModelFolder::open(path)?,
+    };
     let architecture = architecture(&folder)?;
     if output.verbose {
         output::say(&format!("architecture {architecture}"));
@@ -56,11 +69,11 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
 }
 
 /// The precision that the arguments describe; flags that belong to int8 are refused with another.
-pub fn precision(args: &ModelArgs) -> anyhow::Result<Precision> {
+pub fn precision(args: &PrecisionArgs) -> anyhow::Result<Precision> {
     let given = [
-        ("--threshold", args.threshold != int8_ops::OUTLIER_THRESHOLD),
-        ("--skip-module", !args.skip_modules.is_empty()),
-        ("--int8-head", args.int8_head),
+        ("--threshold", args.int8.threshold != int8_ops::OUTLIER_THRESHOLD),
+        ("--skip-module", !args.int8.skip_modules.is_empty()),
+        ("--int8-head", args.int8.int8_head),
     ];
     if let (true, Some((flag, _))) = (args.precision != PrecisionName::Int8, given.iter().find(|(_, given)| *given)) {
         return Err(Failure::usage(format!("{flag} belongs to --precision int8")).into());
@@ -69,12 +82,31 @@ pub fn precision(args: &ModelArgs) -> anyhow::Result<Precision> {
         PrecisionName::F32 => Precision::F32,
         PrecisionName::F16 => Precision::F16,
         PrecisionName::Bf16 => Precision::BF16,
-        PrecisionName::Int8 => Precision::Int8(Int8Options {
-            threshold: (args.threshold > 0.0).then_some(args.threshold),
-            skip_modules: args.skip_modules.clone(),
-            head: args.int8_head,
-        }),
+        PrecisionName::Int8 => int8(&args.int8),
     })
+}
+
+/// LLM.int8() as the arguments describe it.
+pub fn int8(args: &Int8Args) -> Precision {
+    Precision::Int8(Int8Options {
+        threshold: (args.threshold > 0.0).then_some(args.threshold),
+        skip_modules: args.skip_modules.clone(),
+        head: args.int8_head,
+    })
+}
+
+/// How to generate with a loaded model, as the arguments say.
+pub fn generate_options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions {
+    GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_k: (args.top_k > 0).then_some(args.top_k),
+        top_p: args.top_p,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+        eos: if args.ignore_eos { Vec::new() } else { loaded.eos.clone() },
+        is_interrupted: interrupt::is_requested,
+    }
 }
 
 /// Loads the model, with a progress bar on a terminal.

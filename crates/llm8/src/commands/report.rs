@@ -1,0 +1,107 @@
+//! One run of a model in figures: ids, text, times, bytes.
+
+use int8_models::{FinishReason, Generation, Loaded, Precision};
+use serde::Serialize;
+
+use crate::output;
+
+/// What `--json` writes of a run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub model: String,
+    pub precision: &'static str,
+    pub prompt_ids: Vec<u32>,
+    pub ids: Vec<u32>,
+    pub text: String,
+    pub finish_reason: &'static str,
+    pub timings: Timings,
+    pub memory: Memory,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Timings {
+    pub load_seconds: f64,
+    pub prompt_seconds: f64,
+    pub prompt_tokens_per_second: f64,
+    pub generation_seconds: f64,
+    pub generation_tokens_per_second: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Memory {
+    pub weight_bytes: usize,
+    pub weight_bytes_f16: usize,
+    pub kv_cache_bytes: usize,
+    /// Null where the system does not tell.
+    pub peak_rss_bytes: Option<usize>,
+}
+
+impl Report {
+    pub fn new(
+        model: &str,
+        precision: &Precision,
+        prompt_ids: &[u32],
+        text: String,
+        loaded: &Loaded,
+        generation: &Generation,
+    ) -> Self {
+        let (prompt, decode) = (generation.prompt_duration(), generation.generation_duration());
+        Self {
+            model: model.to_string(),
+            precision: precision.name(),
+            prompt_ids: prompt_ids.to_vec(),
+            ids: generation.ids().to_vec(),
+            text,
+            finish_reason: generation.finish_reason().map_or("", FinishReason::name),
+            timings: Timings {
+                load_seconds: loaded.duration.as_secs_f64(),
+                prompt_seconds: prompt.as_secs_f64(),
+                prompt_tokens_per_second: output::rate(prompt_ids.len(), prompt),
+                generation_seconds: decode.as_secs_f64(),
+                // The first token comes out of the prompt's pass.
+                generation_tokens_per_second: output::rate(generation.ids().len().saturating_sub(1), decode),
+            },
+            memory: Memory {
+                weight_bytes: loaded.ledger.bytes(),
+                weight_bytes_f16: loaded.ledger.bytes_at_16_bits(),
+                kv_cache_bytes: generation.kv_cache_bytes(),
+                peak_rss_bytes: peak_rss_bytes(),
+            },
+        }
+    }
+
+    /// One line for people.
+    pub fn summary(&self) -> String {
+        let Memory { weight_bytes, weight_bytes_f16, .. } = self.memory;
+        let ratio = match self.precision {
+            "int8" => format!(" ({:.2}x smaller than 16-bit)", weight_bytes_f16 as f64 / weight_bytes as f64),
+            _ => String::new(),
+        };
+        let tokens = |count: usize| if count == 1 { "1 token".to_string() } else { format!("{count} tokens") };
+        let rate = |rate: f64| if rate > 0.0 { format!(", {rate:.1} tokens/s") } else { String::new() };
+        format!(
+            "{} weights {}{ratio} · prompt {}{} · generated {}{} · {}",
+            self.precision,
+            output::bytes(weight_bytes),
+            tokens(self.prompt_ids.len()),
+            rate(self.timings.prompt_tokens_per_second),
+            tokens(self.ids.len()),
+            rate(self.timings.generation_tokens_per_second),
+            self.finish_reason,
+        )
+    }
+}
+
+/// Begins a new count of [`peak_rss_bytes`], where the system can do that.
+pub fn reset_peak_rss() {
+    // proc_pid_clear_refs(5): 5 sets VmHWM to what is resident now.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The largest resident memory the process has had, as the kernel counts it.
+fn peak_rss_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
