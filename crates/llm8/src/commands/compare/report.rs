@@ -10,7 +10,7 @@ pub struct Report {
     /// The run that int8 is compared with, by the name of 16 bits whatever its precision is.
     pub f16: Run,
     pub int8: Run,
-    /// How many times smaller int8's weights are.
+    /// How many times smaller int8's weights are than with 16 bits each, as `footprint` tells it.
     pub ratio: f64,
     /// The index of the first generated token that differs; null where the texts are the same.
     pub first_difference: Option<usize>,
@@ -24,7 +24,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(f16: Run, int8: Run, agreement: &Agreement) -> Self {
-        let ratio = f16.memory.weight_bytes as f64 / int8.memory.weight_bytes as f64;
+        let ratio = int8.memory.weight_bytes_f16 as f64 / int8.memory.weight_bytes as f64;
         let shared = f16.ids.iter().zip(&int8.ids).take_while(|(one, other)| one == other).count();
         let first_difference = (shared < f16.ids.len().max(int8.ids.len())).then_some(shared);
         Self {
