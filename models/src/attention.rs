@@ -1,6 +1,6 @@
 //! Causal attention over cached keys and values, and ALiBi.
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
 use rayon::prelude::*;
 
 /// The keys and values of every layer for the tokens seen so far; its length is the position.
@@ -18,6 +18,8 @@ struct Layer {
     values: Tensor,
 }
 
+/// What keys and values are kept in.
+const DTYPE: DType = DType::F32;
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 64;
 
@@ -46,6 +48,11 @@ impl KvCache {
     pub fn bytes(&self) -> usize {
         let tensors = self.layers.iter().flatten().flat_map(|layer| [&layer.keys, &layer.values]);
         tensors.map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+    }
+
+    /// Bytes that the keys and values of one token take, for a model of `num_layers` blocks.
+    pub fn bytes_per_token(num_layers: usize, hidden_size: usize) -> usize {
+        2 * num_layers * hidden_size * DTYPE.size_in_bytes()
     }
 
     /// The part of the cache that belongs to block `index`.
@@ -242,7 +249,8 @@ mod tests {
             let wanted: Vec<f32> = (0..=position).map(|p| p as f32).collect();
             assert_eq!(keys.get(1)?.get(2)?.narrow(1, 3, 1)?.flatten_all()?.to_vec1::<f32>()?, wanted);
         }
-        assert_eq!(cache.bytes(), 2 * 2 * 3 * 256 * 4 * 4);
+        // Two sequences, and room for 256 tokens.
+        assert_eq!(cache.bytes(), 2 * 256 * KvCache::bytes_per_token(1, 3 * 4));
         Ok(())
     }
 }

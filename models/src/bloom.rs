@@ -9,6 +9,7 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear};
+use crate::outline::{Component, LongestContext, Outline, Parameters};
 use crate::weights::{Loader, Weights};
 
 /// What config.json says of the model.
@@ -44,6 +45,14 @@ impl Shape {
     }
 }
 
+/// What the names of the model's tensors may stand under.
+const PREFIXES: &[&str] = &["transformer.", ""];
+/// The tensor by which the prefix is found.
+const PROBE: &str = "word_embeddings.weight";
+
+/// The tokens that the published models were trained on; not every config says so.
+const TRAINED_CONTEXT: usize = 2048;
+
 /// The model; fields bear the checkpoint's names.
 pub(crate) struct Bloom {
     word_embeddings: Embedding,
@@ -61,7 +70,7 @@ impl Bloom {
 
     pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
         let shape = Shape::read(config)?;
-        let weights = loader.weights(&["transformer.", ""], "word_embeddings.weight")?;
+        let weights = loader.weights(PREFIXES, PROBE)?;
         let (hidden, eps) = (shape.hidden_size, shape.layer_norm_epsilon);
         let lm_head = || loader.weights(&["lm_head."], "weight")?.embedding(shape.vocab_size, hidden);
         Ok(Self {
@@ -75,6 +84,38 @@ impl Bloom {
             lm_head: if shape.tie_word_embeddings { None } else { Some(lm_head()?) },
             vocab_size: shape.vocab_size,
             slopes: alibi_slopes(shape.num_heads),
+        })
+    }
+
+    /// The tensors that [`Bloom::load`] reads.
+    pub(crate) fn outline(config: &Config) -> error::Result<Outline> {
+        let shape = Shape::read(config)?;
+        let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
+        let mut outside = Parameters::default();
+        outside.embedding("word_embeddings", vocab, hidden);
+        outside.layer_norm("word_embeddings_layernorm", hidden);
+        outside.layer_norm("ln_f", hidden);
+        let mut block = Parameters::default();
+        block.layer_norm("input_layernorm", hidden);
+        block.linear(Component::Attention, "self_attention.query_key_value", hidden, 3 * hidden, true);
+        block.linear(Component::Attention, "self_attention.dense", hidden, hidden, shape.output_biases);
+        block.layer_norm("post_attention_layernorm", hidden);
+        block.linear(Component::Mlp, "mlp.dense_h_to_4h", hidden, 4 * hidden, true);
+        block.linear(Component::Mlp, "mlp.dense_4h_to_h", 4 * hidden, hidden, shape.output_biases);
+        let mut head = Parameters::default();
+        if !shape.tie_word_embeddings {
+            head.embedding("lm_head", vocab, hidden);
+        }
+        Ok(Outline {
+            prefixes: PREFIXES,
+            probe: PROBE,
+            outside,
+            blocks: "h",
+            block,
+            num_layers: shape.num_layers,
+            head,
+            hidden_size: hidden,
+            context: LongestContext::Trained(config.size_or(&["seq_length", "n_positions"], TRAINED_CONTEXT)?),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! The tensors of a checkpoint, found by name in the files that hold them.
 
+mod headers;
 mod pickle;
 mod pytorch;
 mod safetensors;
@@ -13,6 +14,7 @@ use ::safetensors::Dtype;
 use crate::error::{Error, Result};
 use crate::files::{WeightForm, weight_map};
 use crate::folder::ModelFolder;
+pub use headers::{ReadSeek, TensorHeaders, WeightFiles};
 use pytorch::PytorchFile;
 use safetensors::SafetensorsFile;
 
@@ -97,30 +99,27 @@ impl Checkpoint {
     }
 
     fn open_shards(folder: &ModelFolder, index: &str) -> Result<Self> {
+        let json = folder.read_json(index)?.unwrap_or_default();
+        let listed = weight_map(&json).map_err(|problem| folder.problem(index, problem))?;
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
-        let mut opened: BTreeMap<String, usize> = BTreeMap::new();
-        for (name, shard) in weight_map(folder, index)? {
-            let file = match opened.get(&shard) {
+        let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
+        for (name, shard) in listed {
+            let file = match opened.get(shard) {
                 Some(file) => *file,
                 None => {
-                    if !folder.has(&shard) {
+                    if !folder.has(shard) {
                         let hint = format!("{index} names this shard: fetch it again");
-                        return Err(Error::MissingFile { file: folder.file(&shard), hint });
+                        return Err(Error::MissingFile { file: folder.file(shard), hint });
                     }
-                    files.push(WeightFile::open(folder, &shard)?);
-                    opened.insert(shard.clone(), files.len() - 1);
+                    files.push(WeightFile::open(folder, shard)?);
+                    opened.insert(shard, files.len() - 1);
                     files.len() - 1
                 }
             };
-            if files[file].tensor(&name).is_none() {
-                return Err(Error::Tensor {
-                    file: folder.file(&shard),
-                    tensor: name,
-                    problem: format!("not in the file, though {index} says so"),
-                    hint: Some("the shards and their index do not belong together: fetch them again".to_string()),
-                });
+            if files[file].tensor(name).is_none() {
+                return Err(Error::not_in_shard(&folder.file(shard), name, index));
             }
-            tensors.insert(name, file);
+            tensors.insert(name.to_string(), file);
         }
         Ok(Self { files, tensors })
     }

@@ -75,9 +75,9 @@ impl Config {
         found.copied().ok_or_else(|| self.problem(format!("`{key}` is {value}, wanted one of {}", choices.join(", "))))
     }
 
-    /// A size above 0, or the default when the key is not there.
-    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
-        if self.value(&[key]).is_some() { self.size(&[key]) } else { Ok(default) }
+    /// A size above 0, under the first of `keys` that is there, or the default when none is.
+    pub(crate) fn size_or(&self, keys: &[&str], default: usize) -> Result<usize> {
+        if self.value(keys).is_some() { self.size(keys) } else { Ok(default) }
     }
 
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {

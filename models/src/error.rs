@@ -1,6 +1,8 @@
 //! What can go wrong between a folder and a token: where, what was found, what was wanted, what to do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
 
 /// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -87,6 +89,41 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("{}", first_line(.0))]
     Candle(#[from] candle_core::Error),
+}
+
+/// Why a tensor is missing.
+pub(crate) const NOT_FOUND: &str = "not found";
+pub(crate) const NO_KNOWN_PREFIX: &str = "not found, with any known prefix";
+
+/// How a checkpoint can contradict its config: said alike whether it is loaded or only looked at.
+impl Error {
+    pub(crate) fn missing_tensor(file: &Path, tensor: String, problem: &str) -> Self {
+        let hint = "the checkpoint is incomplete, or of another model than its config.json";
+        let (file, problem, hint) = (file.to_path_buf(), problem.to_string(), Some(hint.to_string()));
+        Self::Tensor { file, tensor, problem, hint }
+    }
+
+    pub(crate) fn wrong_shape(file: &Path, tensor: &str, found: &[usize], wanted: &[usize]) -> Self {
+        let problem = format!("has shape {found:?}, but config.json calls for {wanted:?}");
+        Self::Tensor { file: file.to_path_buf(), tensor: tensor.to_string(), problem, hint: None }
+    }
+
+    pub(crate) fn wrong_dtype(file: &Path, tensor: &str, found: Dtype, wanted: &str) -> Self {
+        let problem = format!("is {found:?}, wanted {wanted}");
+        Self::Tensor { file: file.to_path_buf(), tensor: tensor.to_string(), problem, hint: None }
+    }
+
+    pub(crate) fn not_in_shard(shard: &Path, tensor: &str, index: &str) -> Self {
+        let problem = format!("not in the file, though {index} says so");
+        let hint = Some("the shards and their index do not belong together: fetch them again".to_string());
+        Self::Tensor { file: shard.to_path_buf(), tensor: tensor.to_string(), problem, hint }
+    }
+
+    pub(crate) fn extra_block(file: &Path, tensor: &str, blocks: usize) -> Self {
+        let problem = format!("is of block {blocks}, counted from 0, but config.json calls for {blocks} blocks");
+        let hint = Some("the config.json may be of another model, or have been changed".to_string());
+        Self::Tensor { file: file.to_path_buf(), tensor: tensor.to_string(), problem, hint }
+    }
 }
 
 impl Error {

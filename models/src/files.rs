@@ -1,6 +1,9 @@
 //! Which files of a repository a model is made of.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+
+use serde_json::Value;
 
 use crate::config::Config;
 use crate::error::Result;
@@ -43,32 +46,26 @@ impl WeightForm {
     /// The names of the files that hold the weights, each once; an index must be in `folder`.
     pub fn weight_files(self, folder: &ModelFolder) -> Result<Vec<String>> {
         let Self::Sharded(index) = self else { return Ok(vec![self.name().to_string()]) };
-        let mut shards: Vec<_> = weight_map(folder, index)?.into_iter().map(|(_, shard)| shard).collect();
-        shards.sort();
-        shards.dedup();
-        Ok(shards)
+        let json = folder.read_json(index)?.unwrap_or_default();
+        let shards = weight_map(&json).map_err(|problem| folder.problem(index, problem))?;
+        let shards: BTreeSet<&str> = shards.into_values().collect();
+        Ok(shards.into_iter().map(str::to_string).collect())
     }
 }
 
-/// The tensor names of an index of shards, each with the name of the file that it is in.
-pub(crate) fn weight_map(folder: &ModelFolder, index: &str) -> Result<Vec<(String, String)>> {
-    let json = folder.read_json(index)?.unwrap_or_default();
-    let Some(weight_map) = json.get("weight_map").and_then(|map| map.as_object()) else {
-        return Err(folder.problem(index, "`weight_map` is missing, wanted an object of tensor names".to_string()));
+/// The shard of every tensor, as an index lists them; an error is a sentence about the index.
+pub(crate) fn weight_map(index: &Value) -> Result<BTreeMap<&str, &str>, String> {
+    let Some(weight_map) = index.get("weight_map").and_then(Value::as_object) else {
+        return Err("`weight_map` is missing, wanted an object of tensor names".to_string());
     };
     if weight_map.is_empty() {
-        return Err(folder.problem(index, "`weight_map` names no tensor".to_string()));
+        return Err("`weight_map` names no tensor".to_string());
     }
-    let entry = |(tensor, shard): (&String, &serde_json::Value)| match shard.as_str() {
-        Some(shard) if Path::new(shard).file_name().is_some_and(|file| file == shard) => {
-            Ok((tensor.clone(), shard.to_string()))
-        }
-        _ => {
-            let problem = format!("tensor `{tensor}` is in {shard}, wanted the name of a file in this folder");
-            Err(folder.problem(index, problem))
-        }
+    let shard_of = |(name, shard)| match Value::as_str(shard) {
+        Some(shard) if Path::new(shard).file_name().is_some_and(|file| file == shard) => Ok((name, shard)),
+        _ => Err(format!("tensor `{name}` is in {shard}, wanted the name of a file in this folder")),
     };
-    weight_map.iter().map(entry).collect()
+    weight_map.iter().map(|(name, shard)| shard_of((name.as_str(), shard))).collect()
 }
 
 /// The files beside the weights that are read, of those that `has` says are there: config,

@@ -2,12 +2,13 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{BufReader, Cursor, ErrorKind, Read, Seek};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::checkpoint::{ReadSeek, WeightFiles};
 use crate::error::{Error, Result};
 
 /// The most that a config, an index or a tokenizer may take; the largest published one has 15 MB.
@@ -20,6 +21,9 @@ pub struct ModelFolder {
     /// Name and content of each file, of a folder built into the program.
     embedded: Option<&'static [(&'static str, &'static [u8])]>,
 }
+
+/// How the small text begins that Git LFS has in place of a large file.
+const LFS_START: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 /// The bytes of a file, mapped into memory or built into the program.
 #[derive(Debug)]
@@ -110,7 +114,7 @@ impl ModelFolder {
 
     /// A repository cloned without Git LFS has small texts in place of its large files.
     fn check_lfs_pointer(&self, name: &str, content: &[u8]) -> Result<()> {
-        if !content.starts_with(b"version https://git-lfs.github.com/spec/") {
+        if !content.starts_with(LFS_START) {
             return Ok(());
         }
         let problem = "is a Git LFS pointer, not the file itself".to_string();
@@ -150,5 +154,27 @@ impl ModelFolder {
     /// An error about a file of the folder, and what to do.
     pub(crate) fn problem_with_hint(&self, name: &str, problem: String, hint: &str) -> Error {
         Error::File { file: self.file(name), problem, hint: Some(hint.to_string()) }
+    }
+}
+
+impl WeightFiles for ModelFolder {
+    fn path(&self, name: &str) -> PathBuf {
+        self.file(name)
+    }
+
+    /// A Git LFS pointer stands for a file that is not here.
+    fn open(&self, name: &str) -> Result<Option<Box<dyn ReadSeek + '_>>> {
+        if let Some(files) = self.embedded {
+            let file = files.iter().find(|(file, _)| *file == name);
+            return Ok(file.map(|(_, content)| Box::new(Cursor::new(*content)) as Box<dyn ReadSeek>));
+        }
+        if !self.has(name) {
+            return Ok(None);
+        }
+        let (mut file, _) = self.open_plain(name)?;
+        let mut start = Vec::new();
+        let read = (&mut file).take(LFS_START.len() as u64).read_to_end(&mut start).and_then(|_| file.rewind());
+        read.map_err(|error| self.unreadable(name, error))?;
+        Ok(if start == LFS_START { None } else { Some(Box::new(BufReader::new(file))) })
     }
 }

@@ -5,6 +5,8 @@
 //! - [`ModelFolder`]: the files of a model, on disk or inside the program.
 //! - [`load()`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
 //! - [`TextCodec`]: text to token ids and back, streamed.
+//! - [`Footprint`]: the bytes it would take, from config.json alone; [`published()`] has those of the
+//!   published models.
 //! - [`generate()`]: the token loop, an iterator over the tokens that follow a prompt.
 //!
 //! ```no_run
@@ -29,12 +31,15 @@ mod config;
 mod error;
 mod files;
 mod folder;
+mod footprint;
 mod generate;
 mod layers;
 mod ledger;
 mod load;
 mod opt;
+mod outline;
 mod precision;
+mod published;
 mod score;
 mod text;
 mod weights;
@@ -42,12 +47,16 @@ mod weights;
 pub use agreement::Agreement;
 pub use attention::KvCache;
 pub use causal_lm::CausalLm;
+pub use checkpoint::{ReadSeek, TensorHeaders, WeightFiles};
 pub use error::{Error, Result};
 pub use files::{WeightForm, small_files};
 pub use folder::ModelFolder;
+pub use footprint::{Footprint, WeightBytes};
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
 pub use ledger::{Ledger, LedgerEntry};
 pub use load::{LoadOptions, Loaded, Progress, architecture, load};
+pub use outline::{Component, LongestContext};
 pub use precision::{Int8Options, Precision};
+pub use published::{published, published_names};
 pub use score::score;
 pub use text::{TextCodec, TextStream};

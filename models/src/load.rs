@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::folder::ModelFolder;
 use crate::ledger::Ledger;
 use crate::opt::Opt;
+use crate::outline::Outline;
 use crate::precision::Precision;
 use crate::weights::Loader;
 
@@ -77,13 +78,13 @@ pub fn architecture(folder: &ModelFolder) -> Result<&'static str> {
 }
 
 /// The families of models; the only list of them.
-enum Family {
+pub(crate) enum Family {
     Bloom,
     Opt,
 }
 
 impl Family {
-    fn of(config: &Config) -> Result<Self> {
+    pub(crate) fn of(config: &Config) -> Result<Self> {
         match config.model_type() {
             Some(Bloom::MODEL_TYPE | "BloomForCausalLM") => Ok(Self::Bloom),
             Some(Opt::MODEL_TYPE | "OPTForCausalLM") => Ok(Self::Opt),
@@ -91,10 +92,18 @@ impl Family {
         }
     }
 
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Bloom => Bloom::MODEL_TYPE,
             Self::Opt => Opt::MODEL_TYPE,
+        }
+    }
+
+    /// The tensors that loading reads, and what the cache grows with.
+    pub(crate) fn outline(&self, config: &Config) -> Result<Outline> {
+        match self {
+            Self::Bloom => Bloom::outline(config),
+            Self::Opt => Opt::outline(config),
         }
     }
 

@@ -9,10 +9,16 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear, Linears};
+use crate::outline::{Component, LongestContext, Outline, Parameters};
 use crate::weights::{Loader, Weights};
 
 /// The position table's first row that belongs to a position; the ones before it are for padding.
 const POSITION_OFFSET: usize = 2;
+
+/// What the names of the decoder's tensors may stand under.
+const PREFIXES: &[&str] = &["model.decoder.", "decoder.", ""];
+/// The tensor by which the prefix is found.
+const PROBE: &str = "embed_tokens.weight";
 
 /// What `torch.nn.LayerNorm` uses; configs do not say.
 const LAYER_NORM_EPSILON: f64 = 1e-5;
@@ -46,7 +52,7 @@ impl Shape {
         Ok(Self {
             vocab_size: config.size(&["vocab_size"])?,
             hidden_size,
-            word_embed_proj_dim: config.size_or("word_embed_proj_dim", hidden_size)?,
+            word_embed_proj_dim: config.size_or(&["word_embed_proj_dim"], hidden_size)?,
             ffn_dim: config.size(&["ffn_dim"])?,
             num_layers: config.size(&["num_hidden_layers"])?,
             num_heads: config.heads(&["num_attention_heads"], hidden_size)?,
@@ -119,7 +125,7 @@ impl Opt {
 
     pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
         let shape = Shape::read(config)?;
-        let weights = loader.weights(&["model.decoder.", "decoder.", ""], "embed_tokens.weight")?;
+        let weights = loader.weights(PREFIXES, PROBE)?;
         let (hidden, width) = (shape.hidden_size, shape.word_embed_proj_dim);
         let projection = |name: &str, inputs, outputs| match inputs == outputs {
             true => Ok(None),
@@ -142,6 +148,50 @@ impl Opt {
             lm_head: if shape.tie_word_embeddings { None } else { Some(lm_head()?) },
             vocab_size: shape.vocab_size,
             max_positions: shape.max_positions,
+        })
+    }
+
+    /// The tensors that [`Opt::load`] reads.
+    pub(crate) fn outline(config: &Config) -> error::Result<Outline> {
+        let shape = Shape::read(config)?;
+        let (hidden, width, bias) = (shape.hidden_size, shape.word_embed_proj_dim, shape.enable_bias);
+        let layer_norm = |list: &mut Parameters, name: &str| {
+            if shape.layer_norm_affine {
+                list.layer_norm(name, hidden);
+            }
+        };
+        let mut outside = Parameters::default();
+        outside.embedding("embed_tokens", shape.vocab_size, width);
+        outside.table("embed_positions", shape.max_positions + POSITION_OFFSET, hidden);
+        if width != hidden {
+            outside.linear(Component::Embedding, "project_in", width, hidden, false);
+            outside.linear(Component::Embedding, "project_out", hidden, width, false);
+        }
+        if shape.final_layer_norm {
+            layer_norm(&mut outside, "final_layer_norm");
+        }
+        let mut block = Parameters::default();
+        for projection in ["q_proj", "k_proj", "v_proj", "out_proj"] {
+            block.linear(Component::Attention, &format!("self_attn.{projection}"), hidden, hidden, bias);
+        }
+        layer_norm(&mut block, "self_attn_layer_norm");
+        block.linear(Component::Mlp, "fc1", hidden, shape.ffn_dim, bias);
+        block.linear(Component::Mlp, "fc2", shape.ffn_dim, hidden, bias);
+        layer_norm(&mut block, "final_layer_norm");
+        let mut head = Parameters::default();
+        if !shape.tie_word_embeddings {
+            head.embedding("lm_head", shape.vocab_size, width);
+        }
+        Ok(Outline {
+            prefixes: PREFIXES,
+            probe: PROBE,
+            outside,
+            blocks: "layers",
+            block,
+            num_layers: shape.num_layers,
+            head,
+            hidden_size: hidden,
+            context: LongestContext::Positions(shape.max_positions),
         })
     }
 }

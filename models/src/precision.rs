@@ -1,5 +1,6 @@
 //! What weights are held in.
 
+use candle_core::DType;
 use int8_ops::OUTLIER_THRESHOLD;
 
 /// What the weights of the linear layers are held in.
@@ -31,6 +32,26 @@ impl Default for Int8Options {
     fn default() -> Self {
         Self { threshold: Some(OUTLIER_THRESHOLD), skip_modules: Vec::new(), head: false }
     }
+}
+
+/// What biases and the weights of norms are held in whatever the precision: they take next to nothing.
+pub(crate) const VECTOR_DTYPE: DType = DType::F32;
+
+impl Int8Options {
+    /// Whether the linear layer of that full name becomes int8.
+    pub(crate) fn quantizes(&self, module: &str) -> bool {
+        !self.skip_modules.iter().any(|skip| matches(module, skip))
+    }
+
+    /// Whether the embedding and the head become int8.
+    pub(crate) fn quantizes_head(&self) -> bool {
+        self.head && !self.skip_modules.iter().any(|skip| skip == "lm_head")
+    }
+}
+
+/// Whether `skip` is the module's name or a run of whole parts of it.
+pub(crate) fn matches(module: &str, skip: &str) -> bool {
+    format!(".{module}.").contains(&format!(".{skip}."))
 }
 
 impl Default for Precision {

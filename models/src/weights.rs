@@ -11,10 +11,10 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, RawTensor};
-use crate::error::{Error, Result, first_line};
+use crate::error::{Error, NO_KNOWN_PREFIX, NOT_FOUND, Result, first_line};
 use crate::layers::{Embedding, Linear, Linears};
 use crate::ledger::Ledger;
-use crate::precision::{Int8Options, Precision};
+use crate::precision::{Precision, VECTOR_DTYPE, matches};
 
 /// The weights of a checkpoint under one prefix of names.
 #[derive(Clone)]
@@ -45,7 +45,7 @@ impl<'a> Loader<'a> {
         let found = prefixes.iter().find(|prefix| self.checkpoint.tensor(&format!("{prefix}{probe}")).is_some());
         match found {
             Some(prefix) => Ok(Weights { loader: self, path: prefix.to_string() }),
-            None => Err(self.missing(format!("{}{probe}", prefixes[0]), "not found, with any known prefix")),
+            None => Err(self.missing(format!("{}{probe}", prefixes[0]), NO_KNOWN_PREFIX)),
         }
     }
 
@@ -66,20 +66,13 @@ impl<'a> Loader<'a> {
     }
 
     fn missing(&self, tensor: String, problem: &str) -> Error {
-        let file = self.checkpoint.first_file().to_path_buf();
-        let hint = "the checkpoint is incomplete, or of another model than its config.json";
-        Error::Tensor { file, tensor, problem: problem.to_string(), hint: Some(hint.to_string()) }
+        Error::missing_tensor(self.checkpoint.first_file(), tensor, problem)
     }
 
     fn enter(&self, tensor: &RawTensor, bytes: usize) {
         self.ledger.borrow_mut().enter(tensor.name, tensor.shape.iter().product(), bytes);
         (self.loaded)(tensor.data.len());
     }
-}
-
-/// Whether `skip` is the module's name or a run of whole parts of it.
-fn matches(module: &str, skip: &str) -> bool {
-    format!(".{module}.").contains(&format!(".{skip}."))
 }
 
 impl<'a> Weights<'a> {
@@ -94,9 +87,7 @@ impl<'a> Weights<'a> {
     pub(crate) fn blocks(&self, name: &str, count: usize) -> Result<impl Iterator<Item = Self>> {
         let blocks = self.pp(name);
         if let Some(tensor) = self.loader.checkpoint.first_below(&blocks.pp(count).path) {
-            let hint = "the config.json may be of another model, or have been changed";
-            let problem = format!("is of block {count}, counted from 0, but config.json calls for {count} blocks");
-            return Err(tensor.problem_with_hint(problem, Some(hint.to_string())));
+            return Err(Error::extra_block(tensor.file, tensor.name, count));
         }
         Ok((0..count).map(move |index| blocks.pp(index)))
     }
@@ -110,11 +101,10 @@ impl<'a> Weights<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'a>> {
         let full = format!("{}{name}", self.path);
         let Some(tensor) = self.loader.checkpoint.tensor(&full) else {
-            return Err(self.loader.missing(full, "not found"));
+            return Err(self.loader.missing(full, NOT_FOUND));
         };
         if tensor.shape != shape {
-            let problem = format!("has shape {:?}, but config.json calls for {shape:?}", tensor.shape);
-            return Err(tensor.problem(problem));
+            return Err(Error::wrong_shape(tensor.file, tensor.name, tensor.shape, shape));
         }
         Ok(tensor)
     }
@@ -124,9 +114,8 @@ impl<'a> Weights<'a> {
         self.loader.linear_names.borrow_mut().push(self.module().to_string());
         let weight = self.tensor("weight", &[outputs, inputs])?;
         let bias = bias.then(|| self.vector("bias", outputs)).transpose()?;
-        let skipped = |options: &Int8Options| options.skip_modules.iter().any(|skip| matches(self.module(), skip));
         Ok(match self.loader.precision {
-            Precision::Int8(options) if !skipped(options) => {
+            Precision::Int8(options) if options.quantizes(self.module()) => {
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
                 Linear::Int8(Int8Linear::new(matrix, bias, options.threshold)?)
@@ -157,7 +146,7 @@ impl<'a> Weights<'a> {
     /// An embedding: `weight` (rows, width).
     pub(crate) fn embedding(&self, rows: usize, width: usize) -> Result<Embedding> {
         match self.loader.precision {
-            Precision::Int8(options) if options.head && !options.skip_modules.iter().any(|skip| skip == "lm_head") => {
+            Precision::Int8(options) if options.quantizes_head() => {
                 let weight = self.tensor("weight", &[rows, width])?;
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
@@ -182,14 +171,14 @@ impl<'a> Weights<'a> {
         Ok(LayerNorm::new(self.vector("weight", width)?, self.vector("bias", width)?, eps))
     }
 
-    /// A vector (len), in f32 whatever the precision: it takes next to nothing.
+    /// A vector (len), in [`VECTOR_DTYPE`].
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let raw = self.tensor(name, &[len])?;
         raw.check_float()?;
         let mut values = vec![0f32; len];
         raw.widen(0, &mut values);
         raw.check_finite(0, &values)?;
-        self.loader.enter(&raw, len * DType::F32.size_in_bytes());
+        self.loader.enter(&raw, len * VECTOR_DTYPE.size_in_bytes());
         Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
     }
 
@@ -217,7 +206,7 @@ impl<'a> Weights<'a> {
         }
         let absmax = self.tensor("SCB", &[rows])?;
         if absmax.dtype != Dtype::F32 {
-            return Err(absmax.problem(format!("is {:?}, wanted F32", absmax.dtype)));
+            return Err(Error::wrong_dtype(absmax.file, absmax.name, absmax.dtype, "F32"));
         }
         let mut scales = vec![0f32; rows];
         absmax.widen(0, &mut scales);

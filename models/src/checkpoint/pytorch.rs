@@ -2,14 +2,16 @@
 //! and one uncompressed entry for each storage.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Cursor;
+use std::io::{Cursor, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
+use zip::read::ZipFileEntry;
 use zip::{CompressionMethod, ZipArchive};
 
 use super::RawTensor;
+use super::headers::{Described, MAX_HEADER, ReadSeek};
 use super::pickle::{self, PickledTensor};
 use crate::error::{Error, Result};
 use crate::folder::{Bytes, ModelFolder};
@@ -33,54 +35,30 @@ struct Entry {
 
 /// How `torch.save` began a file before PyTorch 1.6: a pickled magic number.
 const LEGACY_START: [u8; 4] = [0x80, 0x02, 0x8a, 0x0a];
+const LEGACY: &str = "is in the form that PyTorch had before version 1.6: load it there and save it again";
+
+/// The content of the entry `byteorder`, and what is said of another.
+const LITTLE_ENDIAN: &[u8] = b"little";
+const BIG_ENDIAN: &str = "is stored in big-endian byte order: save it again on a little-endian machine";
 
 impl PytorchFile {
     pub(super) fn open(folder: &ModelFolder, name: &str) -> Result<Self> {
         let bytes = folder.map(name)?;
+        let path = folder.file(name);
         let problem = |problem: String| folder.problem(name, problem);
         if bytes.starts_with(&LEGACY_START) {
-            let form = "is in the form that PyTorch had before version 1.6: load it there and save it again";
-            return Err(problem(form.to_string()));
+            return Err(problem(LEGACY.to_string()));
         }
-        let entries = stored_entries(&bytes).map_err(|error| {
-            folder.problem_with_hint(
-                name,
-                format!("damaged or incomplete PyTorch checkpoint: {error}"),
-                "fetch the file again, or save it again with torch.save",
-            )
-        })?;
-        // `NAME/data.pkl`, whatever the name.
-        let is_root = |root: &&str| root.is_empty() || root.find('/') == Some(root.len() - 1);
-        let mut pickles = entries
-            .iter()
-            .filter_map(|(entry, range)| Some((entry.strip_suffix("data.pkl").filter(is_root)?, range.clone())));
-        let (root, pickle) = match (pickles.next(), pickles.next()) {
-            (Some(only), None) => only,
-            (None, _) => {
-                return Err(problem("is a zip archive without data.pkl, and so no PyTorch checkpoint".to_string()));
-            }
-            (Some(_), Some(_)) => return Err(problem("has more than one data.pkl".to_string())),
-        };
+        let entries = stored_entries(&bytes).map_err(|error| damaged(&path, &error))?;
+        let root = root(entries.keys()).map_err(problem)?;
         if let Some(order) = entries.get(&format!("{root}byteorder"))
-            && &bytes[order.clone()] != b"little"
+            && &bytes[order.clone()] != LITTLE_ENDIAN
         {
-            return Err(problem(
-                "is stored in big-endian byte order: save it again on a little-endian machine".to_string(),
-            ));
+            return Err(problem(BIG_ENDIAN.to_string()));
         }
-        let pickled = pickle::read_tensors(&bytes[pickle]).map_err(|error| problem(format!("its pickle {error}")))?;
-        let mut tensors = BTreeMap::new();
-        for (tensor, pickled) in pickled {
-            let storage = entries.get(&format!("{root}data/{}", pickled.storage)).cloned();
-            let entry = locate(pickled, storage).map_err(|problem| Error::Tensor {
-                file: folder.file(name),
-                tensor: tensor.to_string(),
-                problem,
-                hint: None,
-            })?;
-            tensors.insert(tensor.to_string(), entry);
-        }
-        Ok(Self { path: folder.file(name), bytes, tensors })
+        let pickle = &bytes[entries[&format!("{root}data.pkl")].clone()];
+        let tensors = tensors(&path, root, pickle, &entries)?;
+        Ok(Self { path, bytes, tensors })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -98,22 +76,109 @@ impl PytorchFile {
     }
 }
 
-/// Where in the file the content of every entry lies. PyTorch never compresses: an entry that is
+/// What a checkpoint says of its tensors: read are the archive's directory, and the pickle.
+pub(super) fn read_header(path: &Path, source: &mut dyn ReadSeek) -> Result<Vec<Described>> {
+    let problem = |problem: String| Error::File { file: path.to_path_buf(), problem, hint: None };
+    let unreadable = |error: std::io::Error| problem(format!("cannot be read: {error}"));
+    let mut start = [0; LEGACY_START.len()];
+    // A shorter file is no archive, and refused as such.
+    if source.read_exact(&mut start).is_ok() && start == LEGACY_START {
+        return Err(problem(LEGACY.to_string()));
+    }
+    source.rewind().map_err(unreadable)?;
+    let mut archive = ZipArchive::new(source).map_err(|error| damaged(path, &error.to_string()))?;
+    let mut entries = HashMap::new();
+    for index in 0..archive.len() {
+        let entry = archive.by_index_data(index).map_err(|error| damaged(path, &error.to_string()))?;
+        let (name, len) = stored(&entry).map_err(|error| damaged(path, &error))?;
+        // The data is not read: where it lies does not matter.
+        entries.insert(name, 0..len);
+    }
+    let root = root(entries.keys()).map_err(problem)?;
+    let mut read = |name: &str| -> Result<Vec<u8>> {
+        let mut content = Vec::new();
+        let entry = archive.by_name(name).map_err(|error| damaged(path, &error.to_string()))?;
+        entry.take(MAX_HEADER).read_to_end(&mut content).map_err(unreadable)?;
+        Ok(content)
+    };
+    let byteorder = format!("{root}byteorder");
+    if entries.contains_key(&byteorder) && read(&byteorder)? != LITTLE_ENDIAN {
+        return Err(problem(BIG_ENDIAN.to_string()));
+    }
+    let tensors = tensors(path, root, &read(&format!("{root}data.pkl"))?, &entries)?;
+    Ok(tensors.into_iter().map(|(name, entry)| (name, entry.dtype, entry.shape)).collect())
+}
+
+fn damaged(path: &Path, error: &str) -> Error {
+    Error::File {
+        file: path.to_path_buf(),
+        problem: format!("damaged or incomplete PyTorch checkpoint: {error}"),
+        hint: Some("fetch the file again, or save it again with torch.save".to_string()),
+    }
+}
+
+/// The archive's folder, with its slash: `NAME/` if the pickle is `NAME/data.pkl`, whatever the name.
+fn root<'a>(entries: impl Iterator<Item = &'a String>) -> std::result::Result<&'a str, String> {
+    let is_root = |root: &&str| root.is_empty() || root.find('/') == Some(root.len() - 1);
+    let mut roots = entries.filter_map(|entry| entry.strip_suffix("data.pkl").filter(is_root));
+    match (roots.next(), roots.next()) {
+        (Some(only), None) => Ok(only),
+        (None, _) => Err("is a zip archive without data.pkl, and so no PyTorch checkpoint".to_string()),
+        (Some(_), Some(_)) => Err("has more than one data.pkl".to_string()),
+    }
+}
+
+/// The tensors of the pickle, each within its storage: an entry of the archive.
+fn tensors(
+    path: &Path,
+    root: &str,
+    pickle: &[u8],
+    entries: &HashMap<String, Range<usize>>,
+) -> Result<BTreeMap<String, Entry>> {
+    let pickled = pickle::read_tensors(pickle).map_err(|error| Error::File {
+        file: path.to_path_buf(),
+        problem: format!("its pickle {error}"),
+        hint: None,
+    })?;
+    let located = pickled.into_iter().map(|(tensor, pickled)| {
+        let storage = entries.get(&format!("{root}data/{}", pickled.storage)).cloned();
+        let tensor = tensor.to_string();
+        match locate(pickled, storage) {
+            Ok(entry) => Ok((tensor, entry)),
+            Err(problem) => Err(Error::Tensor { file: path.to_path_buf(), tensor, problem, hint: None }),
+        }
+    });
+    located.collect()
+}
+
+/// The name and length of an entry of the archive. PyTorch never compresses: an entry that is
 /// compressed is refused, so nothing is ever unpacked.
+fn stored(entry: &ZipFileEntry) -> std::result::Result<(String, usize), String> {
+    let name = entry.name().map_err(|error| error.to_string())?.into_owned();
+    if entry.compression() != CompressionMethod::Stored || entry.encrypted() {
+        return Err(format!("`{name}` is compressed or encrypted, as torch.save leaves nothing"));
+    }
+    match usize::try_from(entry.size()) {
+        Ok(len) => Ok((name, len)),
+        Err(_) => Err(beyond_the_end(&name)),
+    }
+}
+
+fn beyond_the_end(entry: &str) -> String {
+    format!("`{entry}` reaches beyond the end of the file")
+}
+
+/// Where in the file the content of every entry lies.
 fn stored_entries(bytes: &[u8]) -> std::result::Result<HashMap<String, Range<usize>>, String> {
     let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|error| error.to_string())?;
     (0..archive.len())
         .map(|index| {
             let entry = archive.by_index_raw(index).map_err(|error| error.to_string())?;
-            let name = entry.name().map_err(|error| error.to_string())?.into_owned();
-            if entry.compression() != CompressionMethod::Stored || entry.encrypted() {
-                return Err(format!("`{name}` is compressed or encrypted, as torch.save leaves nothing"));
-            }
+            let (name, len) = stored(&entry.entry())?;
             let start = entry.data_start().and_then(|start| usize::try_from(start).ok());
-            let len = usize::try_from(entry.size()).ok();
-            match start.zip(len).and_then(|(start, len)| Some(start..start.checked_add(len)?)) {
+            match start.and_then(|start| Some(start..start.checked_add(len)?)) {
                 Some(range) if range.end <= bytes.len() => Ok((name, range)),
-                _ => Err(format!("`{name}` reaches beyond the end of the file")),
+                _ => Err(beyond_the_end(&name)),
             }
         })
         .collect()

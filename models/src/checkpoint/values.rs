@@ -5,14 +5,21 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::RawTensor;
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// The dtypes of the values that a model may hold, besides int8 codes.
+pub(super) const FLOATS: &str = "F32, F16 or BF16";
+
+pub(super) fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
 
 impl RawTensor<'_> {
     /// An error unless the values are floats that a model may hold.
     pub(crate) fn check_float(&self) -> Result<()> {
-        match self.dtype {
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
-            other => Err(self.problem(format!("is {other:?}, wanted F32, F16 or BF16"))),
+        match is_float(self.dtype) {
+            true => Ok(()),
+            false => Err(Error::wrong_dtype(self.file, self.name, self.dtype, FLOATS)),
         }
     }
 
