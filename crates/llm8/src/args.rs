@@ -20,6 +20,8 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Run a model at 16 bits and at int8 in turn, and compare.
     Compare(Box<CompareArgs>),
+    /// Say how much memory a model takes, before it is downloaded.
+    Footprint(FootprintArgs),
     /// Fetch a model from the Hugging Face Hub, to be used later.
     Download(DownloadArgs),
 }
@@ -234,6 +236,39 @@ pub struct CompareArgs {
     /// Write the comparison as a page to this file.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub html: Option<PathBuf>,
+}
+
+/// Say how much memory a model takes: its weights by component and precision, its cache, and which
+/// machines and GPUs hold them.
+///
+/// Computed from config.json alone; where there are weight files, their headers are checked against it.
+#[derive(Debug, clap::Args)]
+pub struct FootprintArgs {
+    /// Folder of a model, which needs to hold no more than its config.json; or the name of a published
+    /// BLOOM or OPT, such as bigscience/bloom. Without it, the small demonstration model inside this
+    /// program is used.
+    #[arg(short, long, value_name = "FOLDER|NAME")]
+    pub model: Option<PathBuf>,
+
+    /// Tokens to count the cache for [default: 2048, or the longest context where that is shorter].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    pub context: Option<u32>,
+
+    /// Draw the bytes of each precision to this file, as an SVG picture.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+
+    /// Write a page with the picture and all figures to this file.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+
+    /// Write one JSON object to stdout instead of text.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Say nothing on stderr but errors.
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 /// How tokens are chosen, and when to stop.

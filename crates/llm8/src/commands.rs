@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod download;
+pub mod footprint;
 pub mod generate;
 mod model;
 mod prompt;

@@ -6,6 +6,7 @@ mod demo;
 mod failure;
 mod hub;
 mod interrupt;
+mod machine;
 mod output;
 mod page;
 
@@ -28,5 +29,6 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => commands::generate::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Download(args) => commands::download::run(args),
+        Command::Footprint(args) => commands::footprint::run(args),
     }
 }

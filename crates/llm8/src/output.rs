@@ -39,6 +39,36 @@ pub fn bytes(bytes: usize) -> String {
     format!("{value:.digits$} {}", units[unit])
 }
 
+/// Bytes in decimal units, as tables of sizes have them: `14.14 GB`, `352.5 GB`.
+pub fn precise_bytes(bytes: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = match value {
+        _ if unit == 0 => 0,
+        99.995.. => 1,
+        _ => 2,
+    };
+    format!("{value:.digits$} {}", units[unit])
+}
+
+/// A whole number with its thousands apart: `250,880`.
+pub fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 /// Writes a file as a whole: under another name first, so that whatever fails leaves what was there.
 pub fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
     let cannot =
@@ -78,6 +108,28 @@ mod tests {
         ];
         for (count, text) in cases {
             assert_eq!(bytes(count), text);
+        }
+    }
+
+    #[test]
+    fn precise_bytes_are_those_of_published_tables() {
+        let cases = [
+            (999, "999 B"),
+            (1_065_000, "1.06 MB"),
+            (14_138_032_128, "14.14 GB"),
+            (352_494_542_848, "352.5 GB"),
+            (99_996_000_000, "100.0 GB"),
+            (999_960_000_000, "1.00 TB"),
+        ];
+        for (count, text) in cases {
+            assert_eq!(precise_bytes(count), text);
+        }
+    }
+
+    #[test]
+    fn thousands_are_set_apart() {
+        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (7_069_016_064, "7,069,016,064")] {
+            assert_eq!(thousands(number), text);
         }
     }
 
