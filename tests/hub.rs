@@ -176,6 +176,39 @@ fn download_names_the_folder_and_its_files() {
 }
 
 #[test]
+fn footprint_reads_the_headers_of_a_model_on_the_hub() {
+    for fixture in [SINGLE, SHARDED, BIN, SHARDED_BIN, "tiny-bloom"] {
+        let setting = Setting::with("footprint", fixture);
+        let report = |model: &str| -> Value {
+            let output = setting.run(&["footprint", "--json", "-q", "-m", model]);
+            assert!(output.status.success(), "{}", stderr(&output));
+            serde_json::from_slice(&output.stdout).unwrap()
+        };
+        let (local, remote) = (report(fixtures().join(fixture).to_str().unwrap()), report(ID));
+        for key in ["precisions", "parameters", "longest_context"] {
+            assert_eq!(remote[key], local[key], "{fixture} {key}");
+        }
+        for key in ["tensors", "bytes", "bytes_by_dtype"] {
+            assert_eq!(remote["disk"][key], local["disk"][key], "{fixture} {key}");
+        }
+        let asked = setting.server.take_requests();
+        let sent: usize = asked.iter().filter(|request| request.is_store).map(|one| one.sent).sum();
+        assert!(sent <= 150_000, "{fixture}: {sent} bytes");
+        let blobs = setting.blobs().len();
+        assert_eq!(blobs, 1, "the config alone is kept");
+        // A model that is in the cache needs none of that.
+        setting.download();
+        setting.server.take_requests();
+        assert_eq!(report(ID)["precisions"], local["precisions"]);
+        assert_eq!(contents(&setting.server.take_requests()), 0);
+    }
+    let setting = Setting::with("footprint", SINGLE);
+    setting.server.fail(WEIGHTS, &vec![Fault::Status(500, "retry-after: 0"); 50]);
+    let output = setting.run(&["footprint", "-q", "-m", ID]);
+    check_failure(&output, 1, &["debian/tiny/model.safetensors: cannot be read", "127.0.0.1 answers 500"]);
+}
+
+#[test]
 fn a_new_revision_brings_only_what_changed() {
     let setting = Setting::new("revisions");
     let files = files_of(&fixtures().join(SINGLE));

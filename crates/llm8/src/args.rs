@@ -241,14 +241,12 @@ pub struct CompareArgs {
 /// Say how much memory a model takes: its weights by component and precision, its cache, and which
 /// machines and GPUs hold them.
 ///
-/// Computed from config.json alone; where there are weight files, their headers are checked against it.
+/// Computed from config.json alone: a folder needs to hold no more, and published models are known by
+/// name. Where there are weight files, on the Hub too, their headers are checked against it.
 #[derive(Debug, clap::Args)]
 pub struct FootprintArgs {
-    /// Folder of a model, which needs to hold no more than its config.json; or the name of a published
-    /// BLOOM or OPT, such as bigscience/bloom. Without it, the small demonstration model inside this
-    /// program is used.
-    #[arg(short, long, value_name = "FOLDER|NAME")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
 
     /// Tokens to count the cache for [default: 2048, or the longest context where that is shorter].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]

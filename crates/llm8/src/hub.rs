@@ -6,6 +6,7 @@
 mod cache;
 mod errors;
 mod progress;
+mod remote;
 mod settings;
 mod transfer;
 
@@ -23,6 +24,7 @@ use crate::failure::Failure;
 use crate::output;
 use cache::{RepoCache, is_commit};
 use progress::Progress;
+pub use remote::RemoteFiles;
 use settings::Settings;
 use transfer::{RemoteFile, Transfer};
 
@@ -57,6 +59,14 @@ struct Listing {
     files: BTreeSet<String>,
 }
 
+/// Where a model is.
+enum Found {
+    /// In this folder, whole.
+    Cached(PathBuf),
+    /// On the Hub.
+    Listed(Listing),
+}
+
 impl Hub {
     pub fn new(id: &str, args: &HubArgs, quiet: bool) -> anyhow::Result<Self> {
         let revision = args.revision.clone().unwrap_or_else(|| "main".to_string());
@@ -74,19 +84,9 @@ impl Hub {
     /// When nothing is missing this takes one small request, and none for a commit's full hash or
     /// offline.
     pub fn fetch(&self) -> anyhow::Result<PathBuf> {
-        if self.settings.offline {
-            return self.cached();
-        }
-        if let (true, Ok(folder)) = (is_commit(&self.revision), self.cached()) {
-            return Ok(folder);
-        }
-        let listing = match self.list()? {
-            Ok(listing) => listing,
-            Err(unreachable) => {
-                let Ok(folder) = self.cached() else { return Err(unreachable.into()) };
-                self.say(&format!("{unreachable}; using the copy in the cache"));
-                return Ok(folder);
-            }
+        let listing = match self.find()? {
+            Found::Cached(folder) => return Ok(folder),
+            Found::Listed(listing) => listing,
         };
         let has = |file: &str| listing.files.contains(file);
         let transfer = Transfer::new(&self.settings, &self.id)?;
@@ -104,6 +104,39 @@ impl Hub {
         self.fetch_files(&transfer, &listing.commit, &weights)?;
         self.cache.set_commit(&self.revision, &listing.commit)?;
         Ok(folder)
+    }
+
+    /// Where the model is: the cache decides offline, for a commit that is there, and when the Hub cannot
+    /// be reached.
+    fn find(&self) -> anyhow::Result<Found> {
+        if self.settings.offline {
+            return self.cached().map(Found::Cached);
+        }
+        if let (true, Ok(folder)) = (is_commit(&self.revision), self.cached()) {
+            return Ok(Found::Cached(folder));
+        }
+        match self.list()? {
+            Ok(listing) => Ok(Found::Listed(listing)),
+            Err(unreachable) => {
+                let Ok(folder) = self.cached() else { return Err(unreachable.into()) };
+                self.say(&format!("{unreachable}; using the copy in the cache"));
+                Ok(Found::Cached(folder))
+            }
+        }
+    }
+
+    /// The folder of the model's config, and the weights' headers: in the cache where all is there, else on
+    /// the Hub, where little more than the headers is fetched.
+    pub fn headers(&self) -> anyhow::Result<(PathBuf, Option<RemoteFiles>)> {
+        let listing = match self.find()? {
+            Found::Cached(folder) => return Ok((folder, None)),
+            Found::Listed(listing) => listing,
+        };
+        let transfer = Transfer::new(&self.settings, &self.id)?;
+        let folder = self.fetch_config(&listing, &transfer)?;
+        let is_whole = self.missing(&listing.commit)?.is_empty();
+        let remote = RemoteFiles { id: self.id.clone(), listing, transfer };
+        Ok((folder, (!is_whole).then_some(remote)))
     }
 
     /// Brings the config, and gives its folder; an error when it is of no model that can be run.

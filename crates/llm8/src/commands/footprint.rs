@@ -6,25 +6,28 @@ mod report;
 mod text;
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{Footprint, ModelFolder, TensorHeaders, published, published_names};
+use int8_models::{Footprint, ModelFolder, TensorHeaders, published};
 
+use super::model;
 use crate::args::FootprintArgs;
-use crate::failure::Failure;
+use crate::hub::{self, Hub, RemoteFiles};
 use crate::{demo, output};
 use report::Report;
 
 pub fn run(args: FootprintArgs) -> anyhow::Result<ExitCode> {
-    let folder = folder(args.model.as_deref(), args.quiet)?;
+    let (folder, remote) = folder(&args)?;
     let footprint = Footprint::of(&folder)?;
-    let headers = TensorHeaders::read(&folder)?;
+    let headers = match &remote {
+        Some(remote) => TensorHeaders::read(remote)?,
+        None => TensorHeaders::read(&folder)?,
+    };
     if let Some(headers) = &headers {
         footprint.check(headers)?;
     }
-    let report = Report::new(&folder, &footprint, headers.as_ref(), args.context);
+    let report = Report::new(model::name(&args.model), &footprint, headers.as_ref(), args.context);
     if let Some(file) = &args.svg {
         output::write_file(file, &picture::svg(&report)?)?;
     }
@@ -36,22 +39,24 @@ pub fn run(args: FootprintArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The folder of the model: one on disk, that of a published model's config, or without a name the
+/// The folder of the model's config, and where its weight files are if they are not there: a folder on
+/// disk, a published model's config inside the program, a model on the Hub, or without a name the
 /// demonstration model, which is said.
-fn folder(model: Option<&Path>, quiet: bool) -> anyhow::Result<ModelFolder> {
-    let Some(path) = model else {
-        if !quiet {
+fn folder(args: &FootprintArgs) -> anyhow::Result<(ModelFolder, Option<RemoteFiles>)> {
+    let Some(path) = &args.model.model else {
+        if !args.quiet {
             output::say("No model given: this is the small demonstration model inside the program.");
         }
-        return Ok(demo::folder());
+        return Ok((demo::folder(), None));
     };
-    if path.symlink_metadata().is_err() {
-        let published = path.to_str().and_then(published);
-        return published.ok_or_else(|| {
-            let message = format!("{}: no such folder, and no published model that is known here", path.display());
-            let names = published_names().collect::<Vec<_>>().join(", ");
-            Failure::new(message).with_hint(format!("known by name: {names}")).into()
-        });
+    let name = path.to_str().filter(|name| path.symlink_metadata().is_err() && hub::is_id(name));
+    let Some(id) = name else { return Ok((ModelFolder::open(path)?, None)) };
+    // A published model's shape is known; of a revision that is asked for, it may be another.
+    match published(id).filter(|_| args.model.hub.revision.is_none()) {
+        Some(folder) => Ok((folder, None)),
+        None => {
+            let (folder, remote) = Hub::new(id, &args.model.hub, args.quiet)?.headers()?;
+            Ok((ModelFolder::open(folder)?, remote))
+        }
     }
-    Ok(ModelFolder::open(path)?)
 }

@@ -1,55 +1,30 @@
 //! The report as a page: the picture, and all tables.
 
 use int8_models::Component;
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{Markup, PreEscaped, html};
 
 use super::picture;
 use super::report::{PRECISIONS, Report};
 use super::text::{count_of, describe_cache, describe_disk, describe_needs};
 use crate::output::{precise_bytes, thousands};
-
-const STYLE: &str = "
-  :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --pale: #59636e; --line: #d8dee4 }
-  @media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --ink: #f0f6fc; --pale: #9198a1; --line: #30363d } }
-  body { max-width: 900px; margin: 2em auto; padding: 0 1em; background: var(--paper); color: var(--ink);
-    font: 16px/1.5 system-ui, sans-serif }
-  h1 { font-size: 1.5em; margin-bottom: 0; overflow-wrap: anywhere } h2 { font-size: 1.2em; margin-top: 2em }
-  p { color: var(--pale) }
-  svg { width: 100%; height: auto }
-  .wide { overflow-x: auto }
-  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-  th, td { padding: 0.3em 0.8em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-  th:first-child { text-align: left } th { font-weight: normal; color: var(--pale) }
-  .total th, .total td { font-weight: 600; color: var(--ink) }
-";
+use crate::page;
 
 /// The page, which needs nothing beside itself and follows the reader's light or dark scheme.
 pub fn html(report: &Report) -> anyhow::Result<String> {
     let picture = picture::svg(report)?;
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (report.model) ": memory" }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                h1 { (report.model) }
-                p { (report.architecture) ", " (thousands(report.parameters)) " parameters. " (describe_disk(report)) "." }
-                (PreEscaped(picture))
-                h2 { "Weights" }
-                (weights(report))
-                h2 { "Cache" }
-                p { (describe_cache(report)) "." }
-                h2 { "What holds it" }
-                p { (describe_needs(report)) ": how many of each are needed." }
-                (devices(report))
-            }
-        }
+    let content = html! {
+        h1 { (report.model) }
+        p { (report.architecture) ", " (thousands(report.parameters)) " parameters. " (describe_disk(report)) "." }
+        (PreEscaped(picture))
+        h2 { "Weights" }
+        (weights(report))
+        h2 { "Cache" }
+        p { (describe_cache(report)) "." }
+        h2 { "What holds it" }
+        p { (describe_needs(report)) ": how many of each are needed." }
+        (devices(report))
     };
-    Ok(page.into_string())
+    Ok(page::html(&format!("{}: memory", report.model), &content))
 }
 
 /// A table with one column for each precision.

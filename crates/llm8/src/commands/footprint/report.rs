@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use int8_models::{
-    Component, Footprint, Int8Options, LongestContext, ModelFolder, Precision, TensorHeaders, WeightBytes,
-};
+use int8_models::{Component, Footprint, Int8Options, LongestContext, Precision, TensorHeaders, WeightBytes};
 use serde::Serialize;
 
 use crate::machine;
@@ -121,12 +119,7 @@ pub struct Disk {
 
 impl Report {
     /// With the cache of `context` tokens, or of as many as is usual.
-    pub fn new(
-        folder: &ModelFolder,
-        footprint: &Footprint,
-        headers: Option<&TensorHeaders>,
-        context: Option<u32>,
-    ) -> Self {
+    pub fn new(model: String, footprint: &Footprint, headers: Option<&TensorHeaders>, context: Option<u32>) -> Self {
         let longest = footprint.longest_context();
         let tokens = context.map_or(CONTEXT.min(longest.tokens()), |tokens| tokens as usize);
         let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens) };
@@ -137,7 +130,7 @@ impl Report {
         };
         let int8_bytes = footprint.weights(&Precision::default()).total();
         Self {
-            model: folder.path().display().to_string(),
+            model,
             architecture: footprint.architecture(),
             parameters: footprint.parameters(),
             precisions: ByPrecision::each(|precision| footprint.weights(precision).into()),
