@@ -173,7 +173,7 @@ fn pictures_that_cannot_be_written() {
     check_failure(
         &footprint(&model, &["--svg", "no/such/folder/a.svg"]),
         1,
-        &["no/such/folder/a.svg: cannot be written"],
+        &["no/such/folder/a.svg: cannot be written: entity not found\n"],
     );
     let folder = scratch("not-a-file");
     let folder = folder.to_str().unwrap();

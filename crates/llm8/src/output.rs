@@ -81,7 +81,8 @@ pub fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
     // Like any new file, and not for the owner alone: the umask takes from this what it should.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(|error| cannot(&error))?;
+    // The kind alone: the whole error names the temporary file, which tells the user nothing.
+    let mut file = builder.tempfile_in(folder).map_err(|error| cannot(&error.kind()))?;
     file.write_all(content.as_bytes()).map_err(|error| cannot(&error))?;
     file.persist(path).map_err(|error| cannot(&error.error))?;
     Ok(())

@@ -167,12 +167,12 @@ impl Report {
         }
     }
 
-    /// How many times smaller than with 16 bits a parameter each precision is, in words; none for f32.
+    /// How many times smaller than with 16 bits a parameter each precision is, in words; none for f32,
+    /// which is larger.
     pub fn ratios(&self) -> [String; 4] {
         let sixteen_bits = self.ratio_f16_int8 * self.precisions.int8.total_bytes as f64;
-        self.precisions.each_ref().map(|weights| match sixteen_bits / weights.total_bytes as f64 {
-            ratio if ratio < 0.75 => String::new(),
-            ratio => format!("{ratio:.2}x"),
-        })
+        let ratio = |weights: &Weights| format!("{:.2}x", sixteen_bits / weights.total_bytes as f64);
+        let ByPrecision { f16, int8, int8_head, .. } = &self.precisions;
+        [String::new(), ratio(f16), ratio(int8), ratio(int8_head)]
     }
 }
