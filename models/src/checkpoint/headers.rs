@@ -1,7 +1,7 @@
 //! The tensors of a checkpoint by the headers of its files alone, wherever the files are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -190,29 +190,28 @@ pub(super) type Described = (String, Dtype, Vec<usize>);
 
 /// What the header of a safetensors file says: 8 bytes of length, then JSON.
 fn read_safetensors(path: &Path, source: &mut dyn ReadSeek) -> Result<Vec<Described>> {
-    let metadata = safetensors_metadata(source).map_err(|problem| Error::File {
+    let damaged = |problem: String| Error::File {
         file: path.to_path_buf(),
         problem: format!("damaged or incomplete safetensors file: {problem}"),
         hint: Some("fetch the file again".to_string()),
-    })?;
-    let tensors = metadata.tensors().into_iter();
-    Ok(tensors.map(|(name, info)| (name, info.dtype, info.shape.clone())).collect())
-}
-
-fn safetensors_metadata(source: &mut dyn ReadSeek) -> Result<Metadata, String> {
-    let unreadable = |error: std::io::Error| error.to_string();
+    };
+    let unreadable = |error: std::io::Error| match error.kind() {
+        ErrorKind::UnexpectedEof => damaged("it is too short".to_string()),
+        _ => Error::File { file: path.to_path_buf(), problem: format!("cannot be read: {error}"), hint: None },
+    };
     let len = source.seek(SeekFrom::End(0)).map_err(unreadable)?;
     let mut header_len = [0; size_of::<u64>()];
     source.rewind().and_then(|()| source.read_exact(&mut header_len)).map_err(unreadable)?;
     let data_start = (header_len.len() as u64).saturating_add(u64::from_le_bytes(header_len));
     if data_start > len.min(MAX_HEADER) {
-        return Err(format!("it has {len} bytes, but its header should end at {data_start}"));
+        return Err(damaged(format!("it has {len} bytes, but its header should end at {data_start}")));
     }
     let mut header = vec![0; data_start as usize - header_len.len()];
     source.read_exact(&mut header).map_err(unreadable)?;
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| error.to_string())?;
-    match data_start.saturating_add(metadata.data_len() as u64) {
-        wanted if wanted == len => Ok(metadata),
-        wanted => Err(format!("it has {len} bytes, but its header calls for {wanted}")),
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| damaged(error.to_string()))?;
+    let wanted = data_start.saturating_add(metadata.data_len() as u64);
+    if wanted != len {
+        return Err(damaged(format!("it has {len} bytes, but its header calls for {wanted}")));
     }
+    Ok(metadata.tensors().into_iter().map(|(name, info)| (name, info.dtype, info.shape.clone())).collect())
 }
