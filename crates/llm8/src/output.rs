@@ -4,6 +4,8 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
+use tempfile::NamedTempFile;
+
 use crate::failure::Failure;
 
 /// Writes a line to stderr. Where nobody can read it, that is no reason to fail.
@@ -71,10 +73,20 @@ pub fn thousands(number: u64) -> String {
 
 /// Writes a file as a whole: under another name first, so that whatever fails leaves what was there.
 pub fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
-    let cannot =
-        |error: &dyn std::fmt::Display| Failure::new(format!("{}: cannot be written: {error}", path.display()));
+    let mut file = temporary_beside(path)?;
+    let written = file.write_all(content.as_bytes()).map_err(|error| unwritable(path, &error));
+    written.and_then(|()| file.persist(path).map_err(|error| unwritable(path, &error.error)))?;
+    Ok(())
+}
+
+/// An error when a file could not be written: asked before the work that is to be written.
+pub fn check_writable(path: &Path) -> anyhow::Result<()> {
+    Ok(temporary_beside(path).map(drop)?)
+}
+
+fn temporary_beside(path: &Path) -> Result<NamedTempFile, Failure> {
     if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-        return Err(cannot(&"it is not a plain file").into());
+        return Err(unwritable(path, &"it is not a plain file"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
@@ -82,10 +94,11 @@ pub fn write_file(path: &Path, content: &str) -> anyhow::Result<()> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     // The kind alone: the whole error names the temporary file, which tells the user nothing.
-    let mut file = builder.tempfile_in(folder).map_err(|error| cannot(&error.kind()))?;
-    file.write_all(content.as_bytes()).map_err(|error| cannot(&error))?;
-    file.persist(path).map_err(|error| cannot(&error.error))?;
-    Ok(())
+    builder.tempfile_in(folder).map_err(|error| unwritable(path, &error.kind()))
+}
+
+fn unwritable(path: &Path, error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(format!("{}: cannot be written: {error}", path.display()))
 }
 
 /// Things a second; 0 when no time has passed.

@@ -24,6 +24,9 @@ const SAMPLE: &str = "A language model reads a text word by word, and says which
     It was trained on many books and pages, and what it has seen there it can go on with";
 
 pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
+    if let Some(file) = &args.html {
+        output::check_writable(file)?;
+    }
     let prompt = Prompt::read_or(&args.prompt, SAMPLE)?;
     model::set_up(&args.machine)?;
     let folder = model::folder(&args.model, &args.output)?;
