@@ -3,14 +3,22 @@
 mod headers;
 mod pickle;
 mod pytorch;
+pub(crate) mod rows;
 mod safetensors;
+pub(crate) mod stored_int8;
 mod values;
+pub(crate) mod writer;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use ::safetensors::Dtype;
+use int8_ops::SharedBytes;
+use serde_json::Value;
 
+use crate::bytes::{Bytes, BytesPart};
 use crate::error::{Error, Result};
 use crate::files::{WeightForm, weight_map};
 use crate::folder::ModelFolder;
@@ -27,14 +35,16 @@ pub(crate) struct Checkpoint {
 }
 
 /// A tensor as it stands in a file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct RawTensor<'a> {
     pub(crate) name: &'a str,
     pub(crate) file: &'a Path,
     pub(crate) dtype: Dtype,
     pub(crate) shape: &'a [usize],
-    /// Little-endian, row-major; of any alignment.
-    pub(crate) data: &'a [u8],
+    /// The file's.
+    pub(crate) bytes: &'a Arc<Bytes>,
+    /// Where in the file the values are: little-endian, row-major; of any alignment.
+    pub(crate) range: Range<usize>,
 }
 
 /// A file of weights, in either format.
@@ -130,24 +140,53 @@ impl Checkpoint {
         self.files[*file].tensor(name)
     }
 
+    /// The first of `prefixes` under which there is the tensor `probe`: checkpoints are saved with and
+    /// without the name of the model inside the language model.
+    pub(crate) fn prefix_of<'p>(&self, prefixes: &[&'p str], probe: &str) -> Result<&'p str> {
+        let found = prefixes.iter().find(|prefix| self.tensors.contains_key(&format!("{prefix}{probe}")));
+        found
+            .copied()
+            .ok_or_else(|| self.missing(format!("{}{probe}", prefixes[0]), "not found, with any known prefix"))
+    }
+
+    /// The error of a tensor that is not there.
+    pub(crate) fn missing(&self, tensor: String, problem: &str) -> Error {
+        let file = self.files.first().map_or(Path::new(FORMS[0].0), WeightFile::path).to_path_buf();
+        let hint = "the checkpoint is incomplete, or of another model than its config.json";
+        Error::Tensor { file, tensor, problem: problem.to_string(), hint: Some(hint.to_string()) }
+    }
+
+    /// All tensors, as they follow one another in the files.
+    pub(crate) fn in_file_order(&self) -> Vec<RawTensor<'_>> {
+        let mut tensors: Vec<_> =
+            self.tensors.iter().filter_map(|(name, file)| Some((*file, self.files[*file].tensor(name)?))).collect();
+        tensors.sort_by_key(|(file, tensor)| (*file, tensor.range.start));
+        tensors.into_iter().map(|(_, tensor)| tensor).collect()
+    }
+
     /// The first tensor whose full name begins with `prefix`.
     pub(crate) fn first_below(&self, prefix: &str) -> Option<RawTensor<'_>> {
         let (name, _) = self.tensors.range(prefix.to_string()..).next()?;
         if name.starts_with(prefix) { self.tensor(name) } else { None }
     }
 
-    /// The file that a message about a tensor that is not there should name.
-    pub(crate) fn first_file(&self) -> &Path {
-        self.files.first().map_or(Path::new(WeightForm::NAMES[0].name()), WeightFile::path)
-    }
-
     /// Bytes of all tensors.
     pub(crate) fn bytes(&self) -> usize {
-        self.tensors.keys().filter_map(|name| self.tensor(name)).map(|tensor| tensor.data.len()).sum()
+        self.tensors.keys().filter_map(|name| self.tensor(name)).map(|tensor| tensor.range.len()).sum()
     }
 }
 
-impl RawTensor<'_> {
+impl<'a> RawTensor<'a> {
+    /// The values, as they stand in the file.
+    pub(crate) fn data(&self) -> &'a [u8] {
+        &self.bytes[self.range.clone()]
+    }
+
+    /// The same, to be used in place for as long as need be.
+    pub(crate) fn shared(&self) -> SharedBytes {
+        Arc::new(BytesPart { bytes: self.bytes.clone(), range: self.range.clone() })
+    }
+
     /// An error about this tensor.
     pub(crate) fn problem(&self, problem: String) -> Error {
         self.problem_with_hint(problem, None)

@@ -31,6 +31,11 @@ impl Config {
         }
     }
 
+    /// All that it holds.
+    pub(crate) fn values(&self) -> &Map<String, Value> {
+        &self.values
+    }
+
     /// `model_type`, or the first of `architectures` where there is none.
     pub(crate) fn model_type(&self) -> Option<&str> {
         let architecture = || self.value(&["architectures"])?.1.get(0)?.as_str();

@@ -36,6 +36,19 @@ pub enum Error {
         /// What to do, where there is something.
         hint: Option<String>,
     },
+    /// What was to be written could not be.
+    #[error("{path}: {problem}")]
+    Destination {
+        /// The folder as it was given.
+        path: PathBuf,
+        /// What stands in the way.
+        problem: String,
+        /// What to do, where there is something.
+        hint: Option<String>,
+    },
+    /// The work was ended at the user's wish.
+    #[error("interrupted")]
+    Interrupted,
     /// The model is of an architecture that this crate does not have.
     #[error("{file}: architecture `{found}` is not supported")]
     Architecture {
@@ -135,13 +148,13 @@ impl Error {
             ),
             Self::MissingFile { hint, .. } => Some(hint.clone()),
             Self::Architecture { supported, .. } => Some(format!("supported architectures: {supported}")),
-            Self::Tensor { hint, .. } | Self::File { hint, .. } => hint.clone(),
+            Self::Tensor { hint, .. } | Self::File { hint, .. } | Self::Destination { hint, .. } => hint.clone(),
             Self::SkipModule { examples, .. } => Some(format!("modules of this model: {examples}")),
             Self::Output(_) => Some("a weight or the checkpoint may be damaged; try --precision f32".to_string()),
             Self::PromptTooLong { .. } => {
                 Some("give a shorter prompt: the model was not made for longer texts".to_string())
             }
-            Self::Tokenizer(_) | Self::Prompt(_) | Self::Option(_) | Self::Candle(_) => None,
+            Self::Tokenizer(_) | Self::Prompt(_) | Self::Option(_) | Self::Candle(_) | Self::Interrupted => None,
         }
     }
 }

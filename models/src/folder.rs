@@ -3,11 +3,11 @@
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufReader, Cursor, ErrorKind, Read, Seek};
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::bytes::Bytes;
 use crate::checkpoint::{ReadSeek, WeightFiles};
 use crate::error::{Error, Result};
 
@@ -24,24 +24,6 @@ pub struct ModelFolder {
 
 /// How the small text begins that Git LFS has in place of a large file.
 const LFS_START: &[u8] = b"version https://git-lfs.github.com/spec/";
-
-/// The bytes of a file, mapped into memory or built into the program.
-#[derive(Debug)]
-pub(crate) enum Bytes {
-    Mapped(Mmap),
-    Embedded(&'static [u8]),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Embedded(bytes) => bytes,
-        }
-    }
-}
 
 impl ModelFolder {
     /// The folder at `path`; an error when there is none.

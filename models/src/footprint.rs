@@ -153,8 +153,8 @@ impl WeightBytes {
     /// Enters a parameter as `Weights` loads it.
     fn enter(&mut self, parameter: &Parameter, prefix: &str, precision: &Precision) {
         let is_int8 = match (precision, parameter.role) {
-            (Precision::Int8(options), Role::Linear) => options.quantizes(&format!("{prefix}{}", parameter.module)),
-            (Precision::Int8(options), Role::Embedding) => options.quantizes_head(),
+            (Precision::Int8(options), Role::Linear) => !options.skips(&format!("{prefix}{}", parameter.module)),
+            (Precision::Int8(options), Role::Embedding) => options.has_int8_head(false),
             _ => false,
         };
         if is_int8 {

@@ -4,6 +4,7 @@
 //!
 //! - [`ModelFolder`]: the files of a model, on disk or inside the program.
 //! - [`load()`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
+//! - [`quantize()`]: a checkpoint becomes an int8 checkpoint on disk, which loads as it lies there.
 //! - [`TextCodec`]: text to token ids and back, streamed.
 //! - [`Footprint`]: the bytes it would take, from config.json alone; [`published()`] has those of the
 //!   published models.
@@ -25,6 +26,7 @@
 mod agreement;
 mod attention;
 mod bloom;
+mod bytes;
 mod causal_lm;
 mod checkpoint;
 mod config;
@@ -36,11 +38,15 @@ mod generate;
 mod layers;
 mod ledger;
 mod load;
+mod names;
 mod opt;
 mod outline;
 mod precision;
 mod published;
+mod quantization_config;
+mod quantize;
 mod score;
+mod staging;
 mod text;
 mod weights;
 
@@ -54,9 +60,11 @@ pub use folder::ModelFolder;
 pub use footprint::{Footprint, WeightBytes};
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
 pub use ledger::{Ledger, LedgerEntry};
-pub use load::{LoadOptions, Loaded, Progress, architecture, load};
+pub use load::{LoadOptions, Loaded, Progress, architecture, load, stored_int8};
 pub use outline::{Component, LongestContext};
 pub use precision::{Int8Options, Precision};
 pub use published::{published, published_names};
+pub use quantization_config::StoredInt8;
+pub use quantize::{QuantizeOptions, Quantized, quantize};
 pub use score::score;
 pub use text::{TextCodec, TextStream};

@@ -10,9 +10,11 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::folder::ModelFolder;
 use crate::ledger::Ledger;
+use crate::names::TensorNames;
 use crate::opt::Opt;
 use crate::outline::Outline;
 use crate::precision::Precision;
+use crate::quantization_config::StoredInt8;
 use crate::weights::Loader;
 
 /// How a model is loaded.
@@ -63,7 +65,8 @@ pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
             progress(Progress { bytes: bytes.get(), total_bytes });
         }
     };
-    let loader = Loader::new(&checkpoint, &options.precision, &loaded);
+    let is_stored_int8 = config.stored_int8()?.is_some();
+    let loader = Loader::new(&checkpoint, &options.precision, is_stored_int8, &loaded);
     let model = family.load(&config, &loader)?;
     let ledger = loader.finish()?;
     Ok(Loaded { model, ledger, eos, duration: start.elapsed() })
@@ -75,6 +78,13 @@ pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
 /// Errors when there is no config.json, or when it is of another architecture.
 pub fn architecture(folder: &ModelFolder) -> Result<&'static str> {
     Ok(Family::of(&Config::read(folder)?)?.name())
+}
+
+/// What the checkpoint in `folder` says of itself if it was saved in int8.
+///
+/// Errors when there is no config.json, or when it says what makes no sense.
+pub fn stored_int8(folder: &ModelFolder) -> Result<Option<StoredInt8>> {
+    Config::read(folder)?.stored_int8()
 }
 
 /// The families of models; the only list of them.
@@ -104,6 +114,14 @@ impl Family {
         match self {
             Self::Bloom => Bloom::outline(config),
             Self::Opt => Opt::outline(config),
+        }
+    }
+
+    /// How its tensors are named.
+    pub(crate) fn tensor_names(&self) -> &'static TensorNames {
+        match self {
+            Self::Bloom => &Bloom::TENSOR_NAMES,
+            Self::Opt => &Opt::TENSOR_NAMES,
         }
     }
 

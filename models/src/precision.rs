@@ -3,6 +3,9 @@
 use candle_core::DType;
 use int8_ops::OUTLIER_THRESHOLD;
 
+use crate::error::{Error, Result};
+use crate::names::HEAD;
+
 /// What the weights of the linear layers are held in.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Precision {
@@ -38,19 +41,28 @@ impl Default for Int8Options {
 pub(crate) const VECTOR_DTYPE: DType = DType::F32;
 
 impl Int8Options {
-    /// Whether the linear layer of that full name becomes int8.
-    pub(crate) fn quantizes(&self, module: &str) -> bool {
-        !self.skip_modules.iter().any(|skip| matches(module, skip))
+    /// Whether the linear layer of this full name is to be kept in 16 bits.
+    pub(crate) fn skips(&self, module: &str) -> bool {
+        self.skip_modules.iter().any(|skip| matches(module, skip))
     }
 
-    /// Whether the embedding and the head become int8.
-    pub(crate) fn quantizes_head(&self) -> bool {
-        self.head && !self.skip_modules.iter().any(|skip| skip == "lm_head")
+    /// Whether the embedding and the head are held in int8, given whether the checkpoint has them so.
+    pub(crate) fn has_int8_head(&self, is_stored_int8: bool) -> bool {
+        (self.head || is_stored_int8) && !self.skip_modules.iter().any(|skip| skip == HEAD)
+    }
+
+    /// An error when a module to skip is none of the linear layers of these full names. The head may be
+    /// named, as is usual with Transformers, though it is no linear layer of the blocks.
+    pub(crate) fn check_skip_modules(&self, names: &[impl AsRef<str>]) -> Result<()> {
+        let is_known = |skip: &str| skip == HEAD || names.iter().any(|name| matches(name.as_ref(), skip));
+        let Some(name) = self.skip_modules.iter().find(|skip| !is_known(skip)) else { return Ok(()) };
+        let examples = names.iter().take(4).map(AsRef::as_ref).collect::<Vec<_>>().join(", ");
+        Err(Error::SkipModule { name: name.clone(), examples })
     }
 }
 
 /// Whether `skip` is the module's name or a run of whole parts of it.
-pub(crate) fn matches(module: &str, skip: &str) -> bool {
+fn matches(module: &str, skip: &str) -> bool {
     format!(".{module}.").contains(&format!(".{skip}."))
 }
 

@@ -2,16 +2,15 @@
 
 use std::cell::RefCell;
 
-use candle_core::{DType, Device, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::LayerNorm;
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE};
-use rayon::prelude::*;
 use safetensors::Dtype;
 
+use crate::checkpoint::rows::Float;
 use crate::checkpoint::{Checkpoint, RawTensor};
-use crate::error::{Error, NO_KNOWN_PREFIX, NOT_FOUND, Result, first_line};
+use crate::error::{Error, NOT_FOUND, Result, first_line};
 use crate::layers::{Embedding, Linear, Linears};
 use crate::ledger::Ledger;
 use crate::precision::{Precision, VECTOR_DTYPE, matches};
@@ -27,6 +26,8 @@ pub(crate) struct Weights<'a> {
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     precision: &'a Precision,
+    /// Whether the checkpoint says that it was saved in int8.
+    is_stored_int8: bool,
     /// Called with the bytes of every tensor that has been loaded.
     loaded: &'a dyn Fn(usize),
     ledger: RefCell<Ledger>,
@@ -35,43 +36,33 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, precision: &'a Precision, loaded: &'a dyn Fn(usize)) -> Self {
-        Self { checkpoint, precision, loaded, ledger: RefCell::default(), linear_names: RefCell::default() }
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        precision: &'a Precision,
+        is_stored_int8: bool,
+        loaded: &'a dyn Fn(usize),
+    ) -> Self {
+        let (ledger, linear_names) = (RefCell::default(), RefCell::default());
+        Self { checkpoint, precision, is_stored_int8, loaded, ledger, linear_names }
     }
 
-    /// The weights under the first of `prefixes` that has the tensor `probe`: checkpoints are saved
-    /// with and without the name of the model inside the language model.
+    /// The weights under the first of `prefixes` that has the tensor `probe`.
     pub(crate) fn weights(&'a self, prefixes: &[&str], probe: &str) -> Result<Weights<'a>> {
-        let found = prefixes.iter().find(|prefix| self.checkpoint.tensor(&format!("{prefix}{probe}")).is_some());
-        match found {
-            Some(prefix) => Ok(Weights { loader: self, path: prefix.to_string() }),
-            None => Err(self.missing(format!("{}{probe}", prefixes[0]), NO_KNOWN_PREFIX)),
-        }
+        let path = self.checkpoint.prefix_of(prefixes, probe)?.to_string();
+        Ok(Weights { loader: self, path })
     }
 
-    /// The ledger, once the model is loaded; an error when a module to skip was not met. The head may be
-    /// named, as is usual with Transformers, though it is no linear layer of the blocks.
+    /// The ledger, once the model is loaded; an error when a module to skip was not met.
     pub(crate) fn finish(self) -> Result<Ledger> {
-        let names = self.linear_names.into_inner();
-        if let Precision::Int8(options) = self.precision
-            && let Some(name) = options
-                .skip_modules
-                .iter()
-                .find(|skip| *skip != "lm_head" && !names.iter().any(|name| matches(name, skip)))
-        {
-            let examples = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
-            return Err(Error::SkipModule { name: name.clone(), examples });
+        if let Precision::Int8(options) = self.precision {
+            options.check_skip_modules(&self.linear_names.into_inner())?;
         }
         Ok(self.ledger.into_inner())
     }
 
-    fn missing(&self, tensor: String, problem: &str) -> Error {
-        Error::missing_tensor(self.checkpoint.first_file(), tensor, problem)
-    }
-
     fn enter(&self, tensor: &RawTensor, bytes: usize) {
         self.ledger.borrow_mut().enter(tensor.name, tensor.shape.iter().product(), bytes);
-        (self.loaded)(tensor.data.len());
+        (self.loaded)(tensor.range.len());
     }
 }
 
@@ -101,7 +92,7 @@ impl<'a> Weights<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'a>> {
         let full = format!("{}{name}", self.path);
         let Some(tensor) = self.loader.checkpoint.tensor(&full) else {
-            return Err(self.loader.missing(full, NOT_FOUND));
+            return Err(self.loader.checkpoint.missing(full, NOT_FOUND));
         };
         if tensor.shape != shape {
             return Err(Error::wrong_shape(tensor.file, tensor.name, tensor.shape, shape));
@@ -114,8 +105,12 @@ impl<'a> Weights<'a> {
         self.loader.linear_names.borrow_mut().push(self.module().to_string());
         let weight = self.tensor("weight", &[outputs, inputs])?;
         let bias = bias.then(|| self.vector("bias", outputs)).transpose()?;
+        // What an int8 checkpoint keeps in 16 bits stays so.
+        let stays = |options: &Int8Options| {
+            options.skips(self.module()) || self.loader.is_stored_int8 && weight.dtype != Dtype::I8
+        };
         Ok(match self.loader.precision {
-            Precision::Int8(options) if options.quantizes(self.module()) => {
+            Precision::Int8(options) if !stays(options) => {
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
                 Linear::Int8(Int8Linear::new(matrix, bias, options.threshold)?)
@@ -145,9 +140,9 @@ impl<'a> Weights<'a> {
 
     /// An embedding: `weight` (rows, width).
     pub(crate) fn embedding(&self, rows: usize, width: usize) -> Result<Embedding> {
+        let weight = self.tensor("weight", &[rows, width])?;
         match self.loader.precision {
-            Precision::Int8(options) if options.quantizes_head() => {
-                let weight = self.tensor("weight", &[rows, width])?;
+            Precision::Int8(options) if options.has_int8_head(weight.dtype == Dtype::I8) => {
                 let matrix = self.int8_matrix(&weight)?;
                 self.loader.enter(&weight, matrix.bytes());
                 Ok(Embedding::Int8 { matrix, threshold: options.threshold })
@@ -182,105 +177,63 @@ impl<'a> Weights<'a> {
         Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
     }
 
-    /// A weight (out, in) as int8: quantised row by row from the file, or as the file has it.
+    /// A weight (out, in) as int8: quantised row by row from the file, or used in place where the file
+    /// holds int8.
     fn int8_matrix(&self, weight: &RawTensor) -> Result<Int8Matrix> {
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
         if weight.dtype == Dtype::I8 {
-            let codes = Tensor::from_slice(weight.data, (rows, cols), &Device::Cpu)?;
-            let scales = Tensor::from_vec(self.stored_scales(rows)?, rows, &Device::Cpu)?;
-            return Int8Matrix::new(codes, scales).map_err(|error| weight.problem(first_line(&error)));
+            let scales = Tensor::from_vec(self.loader.checkpoint.stored_scales(weight)?, rows, &Device::Cpu)?;
+            return Int8Matrix::from_shared(weight.shared(), cols, scales)
+                .map_err(|error| weight.problem(first_line(&error)));
         }
-        weight.check_float()?;
-        Int8Matrix::quantize_rows(rows, cols, |row, values| weight.widen(row * cols, values))
+        check_memory(weight, rows * cols)?;
+        let (mut codes, mut scales) = (vec![0u8; rows * cols], vec![0f32; rows]);
+        weight.quantize_rows(0..rows, &mut codes, &mut scales)?;
+        scales.iter_mut().for_each(|absmax| *absmax /= MAX_CODE);
+        let codes = Tensor::from_vec(codes, (rows, cols), &Device::Cpu)?;
+        Int8Matrix::new(codes, Tensor::from_vec(scales, rows, &Device::Cpu)?)
             .map_err(|error| weight.problem(first_line(&error)))
-    }
-
-    /// The scales (out) of a weight stored in int8 by bitsandbytes: `SCB / 127`.
-    fn stored_scales(&self, rows: usize) -> Result<Vec<f32>> {
-        if let Some(format) = self.loader.checkpoint.tensor(&format!("{}weight_format", self.path))
-            && format.data.iter().any(|&byte| byte != 0)
-        {
-            let hint = "save it again with a current bitsandbytes, which stores rows (weight_format 0)";
-            let problem = format!("is {:?}, a layout for particular GPUs, wanted 0 (rows)", format.data);
-            return Err(format.problem_with_hint(problem, Some(hint.to_string())));
-        }
-        let absmax = self.tensor("SCB", &[rows])?;
-        if absmax.dtype != Dtype::F32 {
-            return Err(Error::wrong_dtype(absmax.file, absmax.name, absmax.dtype, "F32"));
-        }
-        let mut scales = vec![0f32; rows];
-        absmax.widen(0, &mut scales);
-        absmax.check_finite(0, &scales)?;
-        if let Some(row) = scales.iter().position(|scale| *scale < 0.0) {
-            return Err(absmax.problem(format!("value [{row}] is {}, wanted a magnitude", scales[row])));
-        }
-        scales.iter_mut().for_each(|scale| *scale /= MAX_CODE);
-        Ok(scales)
     }
 
     /// A weight (rows, cols) in a float dtype, entered in the ledger; int8 weights are dequantised.
     fn float_matrix(&self, weight: &RawTensor, dtype: DType) -> Result<Tensor> {
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
         let scales = if weight.dtype == Dtype::I8 {
-            Some(self.stored_scales(rows)?)
+            Some(self.loader.checkpoint.stored_scales(weight)?)
         } else {
             weight.check_float()?;
             None
         };
-        let read = |row: usize, values: &mut [f32]| {
-            weight.widen(row * cols, values);
-            if let Some(scales) = &scales {
-                values.iter_mut().for_each(|value| *value *= scales[row]);
-            }
-            weight.check_finite(row * cols, values)
-        };
         let matrix = match dtype {
-            DType::F16 => matrix_of(weight, read, |values, row: &mut [f16]| row.convert_from_f32_slice(values)),
-            DType::BF16 => matrix_of(weight, read, |values, row: &mut [bf16]| row.convert_from_f32_slice(values)),
-            _ => matrix_of(weight, read, |values, row: &mut [f32]| row.copy_from_slice(values)),
+            DType::F16 => float_tensor::<f16>(weight, scales.as_deref()),
+            DType::BF16 => float_tensor::<bf16>(weight, scales.as_deref()),
+            _ => float_tensor::<f32>(weight, scales.as_deref()),
         }?;
         self.loader.enter(weight, rows * cols * dtype.size_in_bytes());
         Ok(matrix)
     }
 }
 
-/// A matrix in memory, made from several threads: `read(row, values)` gives a row in f32, and
-/// `narrow` writes it in the matrix's own dtype.
-fn matrix_of<T: WithDType + Default>(
-    weight: &RawTensor,
-    read: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
-    narrow: impl Fn(&[f32], &mut [T]) + Sync,
-) -> Result<Tensor> {
+/// A weight (rows, cols) in memory as floats.
+fn float_tensor<T: Float>(weight: &RawTensor, scales: Option<&[f32]>) -> Result<Tensor> {
     let (rows, cols) = (weight.shape[0], weight.shape[1]);
-    let mut matrix = Vec::new();
-    if matrix.try_reserve_exact(rows * cols).is_err() {
-        let bytes = rows * cols * T::DTYPE.size_in_bytes();
-        return Err(weight.problem(format!("there is no memory for the {bytes} bytes that it takes")));
-    }
-    matrix.resize(rows * cols, T::default());
-    matrix.par_chunks_mut(cols).enumerate().try_for_each_init(
-        || vec![0f32; cols],
-        |values, (row, out)| {
-            read(row, values)?;
-            narrow(values, out);
-            // A finite value may lie beyond the range of a narrower dtype.
-            match out.iter().position(|value| !value.to_f64().is_finite()) {
-                None => Ok(()),
-                Some(at) => {
-                    let place = weight.place(row * cols + at);
-                    let problem = format!("value {place} is {}, too large for {:?}", values[at], T::DTYPE);
-                    let wider = if T::DTYPE == DType::F16 { "bf16" } else { "f32" };
-                    Err(weight.problem_with_hint(problem, Some(format!("load the model with --precision {wider}"))))
-                }
-            }
-        },
-    )?;
+    check_memory(weight, rows * cols * T::DTYPE.size_in_bytes())?;
+    let mut matrix = T::zeros(rows * cols);
+    weight.narrow_rows(0..rows, scales, &mut matrix)?;
     Ok(Tensor::from_vec(matrix, (rows, cols), &Device::Cpu)?)
+}
+
+/// An error when the system has no memory for so many bytes, which ends the program otherwise.
+fn check_memory(weight: &RawTensor, bytes: usize) -> Result<()> {
+    match Vec::<u8>::new().try_reserve_exact(bytes) {
+        Ok(()) => Ok(()),
+        Err(_) => Err(weight.problem(format!("there is no memory for the {bytes} bytes that it takes"))),
+    }
 }
 
 /// The 16-bit dtype of a weight that is not quantised: the precision's own, and beside int8 layers
 /// the one that the file has.
-fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
+pub(crate) fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
     match (precision, weight.dtype) {
         (Precision::BF16, _) | (Precision::Int8(_), Dtype::BF16) => DType::BF16,
         _ => DType::F16,

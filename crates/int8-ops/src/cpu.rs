@@ -28,8 +28,9 @@ pub(crate) use product::{OutputColumns, half_product, int8_product};
 
 use crate::MAX_CODE;
 
-/// The longest row whose integer sum of products of codes (at most 127 * 127 each) fits an `i32`.
-pub const MAX_COLS: usize = i32::MAX as usize / (MAX_CODE as usize * MAX_CODE as usize);
+/// The longest row whose integer sum of products of codes fits an `i32`: those of activations are within
+/// ±127, and a stored weight may hold -128.
+pub const MAX_COLS: usize = i32::MAX as usize / (MAX_CODE as usize * i8::MIN.unsigned_abs() as usize);
 
 /// What one instruction set provides.
 #[derive(Debug)]

@@ -28,7 +28,7 @@ mod quantize;
 pub use half::{HalfLinear, half_matmul, half_matmul_with};
 pub use linear::{Int8Linear, Int8LinearGroup};
 pub use matmul::{WeightAndBias, int8_matmul, int8_matmul_with};
-pub use matrix::Int8Matrix;
+pub use matrix::{Int8Matrix, SharedBytes, quantize_row};
 pub use outliers::{OUTLIER_THRESHOLD, outlier_columns};
 pub use quantize::{Granularity, ZeroPointMatrix, quantize_absmax, quantize_activations, quantize_zero_point};
 

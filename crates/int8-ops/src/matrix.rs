@@ -1,5 +1,8 @@
 //! The one quantised type: int8 codes and one scale per row.
 
+use std::fmt;
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
@@ -11,24 +14,61 @@ use crate::cpu::{self, Kernels};
 /// A weight (rows = outputs) and a batch of activations (rows = tokens) are both this.
 #[derive(Debug, Clone)]
 pub struct Int8Matrix {
-    /// (rows, cols), `U8` holding the bits of `i8`, contiguous.
-    codes: Tensor,
+    codes: Codes,
     /// (rows), `F32`.
     scales: Tensor,
+    rows: usize,
+    cols: usize,
+}
+
+/// Bytes that something else owns, such as a file mapped into memory.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Where the codes (rows, cols) are: the bits of `i8`, row-major.
+#[derive(Clone)]
+enum Codes {
+    /// `U8`, contiguous.
+    Tensor(Tensor),
+    /// Used in place; they take no memory of their own.
+    Shared(SharedBytes),
+}
+
+impl fmt::Debug for Codes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tensor(codes) => codes.fmt(f),
+            Self::Shared(bytes) => write!(f, "{} shared bytes", (**bytes).as_ref().len()),
+        }
+    }
 }
 
 impl Int8Matrix {
-    /// Takes codes (rows, cols) as `U8` (the bits of `i8`) and scales (rows) as `F32`.
+    /// Takes codes (rows, cols) as `U8` (the bits of `i8`) and scales (rows) as `F32`. Quantising gives
+    /// codes from -127 to 127; every kernel is as exact for a stored -128.
     ///
-    /// Errors when a dtype or a shape is another, when a code is -128, or when a row is too long for
-    /// its sums to fit 32-bit integers.
+    /// Errors when a dtype or a shape is another, or when a row is too long for its sums to fit 32-bit
+    /// integers.
     pub fn new(codes: Tensor, scales: Tensor) -> Result<Self> {
         let (rows, cols) = codes.dims2()?;
-        if rows == 0 || cols == 0 {
-            bail!("int8 matrix: ({rows}, {cols}) holds nothing, wanted at least one row and one column");
-        }
         if codes.dtype() != DType::U8 {
             bail!("int8 matrix: codes must be U8 (the bits of i8), found {:?}", codes.dtype());
+        }
+        Self::checked(Codes::Tensor(codes.contiguous()?), scales, cols, rows)
+    }
+
+    /// The same for codes on the CPU that something else owns: they are used where they are, and not
+    /// read here. `codes` holds as many rows of `cols` codes as there are scales.
+    pub fn from_shared(codes: SharedBytes, cols: usize, scales: Tensor) -> Result<Self> {
+        let (len, rows) = ((*codes).as_ref().len(), scales.elem_count());
+        if rows.checked_mul(cols) != Some(len) {
+            bail!("int8 matrix: {rows} rows of {cols} codes are not {len} bytes");
+        }
+        Self::checked(Codes::Shared(codes), scales, cols, rows)
+    }
+
+    fn checked(codes: Codes, scales: Tensor, cols: usize, rows: usize) -> Result<Self> {
+        if rows == 0 || cols == 0 {
+            bail!("int8 matrix: ({rows}, {cols}) holds nothing, wanted at least one row and one column");
         }
         if scales.dtype() != DType::F32 || scales.dims() != [rows] {
             bail!("int8 matrix: scales must be F32 ({rows}), found {:?} {:?}", scales.dtype(), scales.shape());
@@ -36,11 +76,7 @@ impl Int8Matrix {
         if cols > cpu::MAX_COLS {
             bail!("int8 matrix: {cols} columns, but a row's integer sum is only exact up to {}", cpu::MAX_COLS);
         }
-        let matrix = Self { codes: codes.contiguous()?, scales: scales.contiguous()? };
-        if matrix.codes.device().is_cpu() && matrix.with_slices(|codes, _| Ok(codes.contains(&i8::MIN)))? {
-            bail!("int8 matrix: holds the code -128, wanted codes from -127 to 127");
-        }
-        Ok(matrix)
+        Ok(Self { codes, scales: scales.contiguous()?, rows, cols })
     }
 
     /// Quantises each row of a float matrix (rows, cols) by its largest magnitude
@@ -56,30 +92,18 @@ impl Int8Matrix {
         };
         let start = layout.start_offset();
         let read = cpu::FloatSlice::of(storage)?;
-        Self::quantize_rows(rows, cols, |row, values| read.widen(start + row * cols, values))
-    }
-
-    /// Quantises a matrix whose rows `fill(row, values)` writes one at a time, from several threads:
-    /// no float copy of the whole is ever made.
-    ///
-    /// Errors when a value is NaN or infinite, naming its row and column.
-    pub fn quantize_rows(rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Result<Self> {
-        let kernels = Kernels::active();
-        let mut codes = Vec::new();
-        if codes.try_reserve_exact(rows * cols).is_err() {
-            bail!("there is no memory for its {rows} x {cols} codes");
-        }
-        codes.resize(rows * cols, 0i8);
+        let mut codes = vec![0i8; rows * cols];
         let mut scales = vec![0f32; rows];
         codes.par_chunks_mut(cols.max(1)).zip(scales.par_iter_mut()).enumerate().try_for_each_init(
             || vec![0f32; cols],
             |values, (row, (codes, scale))| {
-                fill(row, values);
-                if let Some(col) = values.iter().position(|value| !value.is_finite()) {
+                read.widen(start + row * cols, values);
+                let absmax = quantize_row(values, codes);
+                if !absmax.is_finite() {
+                    let col = values.iter().position(|value| !value.is_finite()).unwrap_or_default();
                     return not_finite(row, col, values[col]);
                 }
-                let absmax = (kernels.absmax)(values, None);
-                *scale = cpu::quantize_row(kernels, values, absmax, codes);
+                *scale = absmax / MAX_CODE;
                 Ok(())
             },
         )?;
@@ -88,21 +112,23 @@ impl Int8Matrix {
 
     /// From codes (rows, cols) and scales (rows).
     pub(crate) fn from_vecs(codes: Vec<i8>, scales: Vec<f32>, cols: usize) -> Result<Self> {
+        let rows = scales.len();
         // Collected in place: the bytes stay where they are.
         let codes: Vec<u8> = codes.into_iter().map(|code| code as u8).collect();
-        let rows = scales.len();
         Self::new(Tensor::from_vec(codes, (rows, cols), &Device::Cpu)?, Tensor::from_vec(scales, rows, &Device::Cpu)?)
     }
 
     /// (rows, cols).
     pub fn dims(&self) -> (usize, usize) {
-        let dims = self.codes.dims();
-        (dims[0], dims[1])
+        (self.rows, self.cols)
     }
 
-    /// (rows, cols), `U8` holding the bits of `i8`.
-    pub fn codes(&self) -> &Tensor {
-        &self.codes
+    /// (rows, cols), `U8` holding the bits of `i8`; shared codes are copied.
+    pub fn codes(&self) -> Result<Tensor> {
+        match &self.codes {
+            Codes::Tensor(codes) => Ok(codes.clone()),
+            Codes::Shared(bytes) => Tensor::from_slice((**bytes).as_ref(), (self.rows, self.cols), &Device::Cpu),
+        }
     }
 
     /// (rows), `F32`: `absmax / 127`.
@@ -112,36 +138,66 @@ impl Int8Matrix {
 
     /// Bytes that the codes and the scales take.
     pub fn bytes(&self) -> usize {
-        let (rows, cols) = self.dims();
-        rows * cols + rows * DType::F32.size_in_bytes()
+        self.rows * self.cols + self.rows * DType::F32.size_in_bytes()
     }
 
     /// The float matrix (rows, cols), `F32`: `code * scale`.
     pub fn dequantize(&self) -> Result<Tensor> {
-        signed(&self.codes)?.broadcast_mul(&self.scales.unsqueeze(1)?)
+        signed(&self.codes()?)?.broadcast_mul(&self.scales.unsqueeze(1)?)
     }
 
     /// The rows at `indices` (n), `U32`, dequantised: (n, cols), `F32`.
+    ///
+    /// Errors when there is no such row.
     pub fn dequantize_rows(&self, indices: &Tensor) -> Result<Tensor> {
-        let codes = self.codes.index_select(indices, 0)?;
-        let scales = self.scales.index_select(indices, 0)?;
-        Self { codes, scales }.dequantize()
+        let indices = indices.to_vec1::<u32>()?;
+        let mut values = Vec::with_capacity(indices.len() * self.cols);
+        self.with_slices(|codes, scales| {
+            for &index in &indices {
+                let row = index as usize;
+                if row >= self.rows {
+                    bail!("int8 matrix: no row {row} among {}", self.rows);
+                }
+                let codes = &codes[row * self.cols..][..self.cols];
+                values.extend(codes.iter().map(|&code| f32::from(code) * scales[row]));
+            }
+            Ok(())
+        })?;
+        Tensor::from_vec(values, (indices.len(), self.cols), &Device::Cpu)
     }
 
     /// Calls `f(codes, scales)` with the matrix's slices on the CPU: (rows * cols) and (rows).
     pub(crate) fn with_slices<R>(&self, f: impl FnOnce(&[i8], &[f32]) -> Result<R>) -> Result<R> {
-        let (codes, codes_layout) = self.codes.storage_and_layout();
-        let (scales, scales_layout) = self.scales.storage_and_layout();
-        match (&*codes, &*scales) {
-            (Storage::Cpu(CpuStorage::U8(codes)), Storage::Cpu(CpuStorage::F32(scales))) => {
-                let (rows, cols) = self.dims();
-                let codes = &codes[codes_layout.start_offset()..][..rows * cols];
-                let scales = &scales[scales_layout.start_offset()..][..rows];
-                f(bytemuck::cast_slice(codes), scales)
+        let (scales, layout) = self.scales.storage_and_layout();
+        let Storage::Cpu(CpuStorage::F32(scales)) = &*scales else {
+            bail!("int8 matrix: activations are on the CPU, but the weight is on {:?}", self.scales.device())
+        };
+        let scales = &scales[layout.start_offset()..][..self.rows];
+        match &self.codes {
+            Codes::Shared(bytes) => f(bytemuck::cast_slice((**bytes).as_ref()), scales),
+            Codes::Tensor(codes) => {
+                let (storage, layout) = codes.storage_and_layout();
+                let Storage::Cpu(CpuStorage::U8(codes)) = &*storage else {
+                    bail!("int8 matrix: scales are on the CPU, but the codes are on {:?}", codes.device())
+                };
+                f(bytemuck::cast_slice(&codes[layout.start_offset()..][..self.rows * self.cols]), scales)
             }
-            _ => bail!("int8 matrix: activations are on the CPU, but the weight is on {:?}", self.codes.device()),
         }
     }
+}
+
+/// Quantises one row by its largest magnitude, which it gives; the row's scale is that over 127. Where
+/// the row holds a NaN or an infinity, so does the result, and the codes mean nothing.
+///
+/// `values` and `codes` are of one length.
+pub fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
+    let kernels = Kernels::active();
+    // The magnitude bits of NaN and infinity are the largest there are.
+    let absmax = (kernels.absmax)(values, None);
+    if absmax.is_finite() {
+        cpu::quantize_row(kernels, values, absmax, codes);
+    }
+    absmax
 }
 
 /// The error of quantising what is no finite number.

@@ -1,7 +1,11 @@
 //! Quantisation and its way back: the paper's worked examples, and the bound on the error.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
-use int8_ops::{Granularity, Int8Matrix, ZeroPointMatrix, quantize_absmax, quantize_activations, quantize_zero_point};
+use int8_ops::{
+    Granularity, Int8Matrix, ZeroPointMatrix, int8_matmul, quantize_absmax, quantize_activations, quantize_zero_point,
+};
 use proptest::prelude::*;
 
 const GRANULARITIES: [Granularity; 2] = [Granularity::Tensor, Granularity::Row];
@@ -15,7 +19,7 @@ fn the_worked_example_of_absmax_quantisation() -> Result<()> {
     let x = Tensor::new(&[[1.2f32, -0.5, -4.3, 1.2, -3.1, 0.8, 2.4, 5.4]], &Device::Cpu)?;
     for granularity in GRANULARITIES {
         let quantized = quantize_absmax(&x, granularity)?;
-        assert_eq!(codes(quantized.codes()), [28, -12, -101, 28, -73, 19, 56, 127]);
+        assert_eq!(codes(&quantized.codes()?), [28, -12, -101, 28, -73, 19, 56, 127]);
         assert_eq!(quantized.scales().to_vec1::<f32>()?, [5.4 / 127.0]);
     }
     Ok(())
@@ -25,7 +29,7 @@ fn the_worked_example_of_absmax_quantisation() -> Result<()> {
 fn three_tenths_in_a_range_of_one_is_38_and_comes_back_as_0_2992() -> Result<()> {
     let x = Tensor::new(&[[0.3f32, 1.0, -1.0]], &Device::Cpu)?;
     let quantized = quantize_absmax(&x, Granularity::Row)?;
-    assert_eq!(codes(quantized.codes()), [38, 127, -127]);
+    assert_eq!(codes(&quantized.codes()?), [38, 127, -127]);
     let back = quantized.dequantize()?.to_vec2::<f32>()?;
     assert_eq!(format!("{:.4}", back[0][0]), "0.2992");
     Ok(())
@@ -36,10 +40,10 @@ fn per_tensor_rows_share_one_scale_and_per_row_they_do_not() -> Result<()> {
     let x = Tensor::new(&[[1f32, -2.0], [0.5, 0.25], [0.0, -0.0]], &Device::Cpu)?;
     let tensor = quantize_absmax(&x, Granularity::Tensor)?;
     assert_eq!(tensor.scales().to_vec1::<f32>()?, [2.0 / 127.0; 3]);
-    assert_eq!(codes(tensor.codes()), [64, -127, 32, 16, 0, 0]);
+    assert_eq!(codes(&tensor.codes()?), [64, -127, 32, 16, 0, 0]);
     let row = quantize_absmax(&x, Granularity::Row)?;
     assert_eq!(row.scales().to_vec1::<f32>()?, [2.0 / 127.0, 0.5 / 127.0, 0.0]);
-    assert_eq!(codes(row.codes()), [64, -127, 127, 64, 0, 0]);
+    assert_eq!(codes(&row.codes()?), [64, -127, 127, 64, 0, 0]);
     Ok(())
 }
 
@@ -48,7 +52,7 @@ fn a_whole_matrix_may_have_more_values_than_a_row_can() -> Result<()> {
     let x = Tensor::arange(0f32, 400.0 * 400.0, &Device::Cpu)?.reshape((400, 400))?;
     let quantized = quantize_absmax(&x, Granularity::Tensor)?;
     assert_eq!(quantized.dims(), (400, 400));
-    assert_eq!(codes(&quantized.codes().get(399)?)[399], 127);
+    assert_eq!(codes(&quantized.codes()?.get(399)?)[399], 127);
     Ok(())
 }
 
@@ -70,13 +74,13 @@ fn every_dtype_and_a_strided_matrix_give_the_same_codes() -> Result<()> {
     let wanted = quantize_absmax(&x, Granularity::Row)?;
     for dtype in [DType::F16, DType::BF16] {
         let quantized = quantize_absmax(&x.to_dtype(dtype)?, Granularity::Row)?;
-        assert_eq!(codes(quantized.codes()), codes(wanted.codes()));
+        assert_eq!(codes(&quantized.codes()?), codes(&wanted.codes()?));
     }
     let strided = x.t()?.contiguous()?.t()?;
     assert!(!strided.is_contiguous());
-    assert_eq!(codes(quantize_absmax(&strided, Granularity::Row)?.codes()), codes(wanted.codes()));
+    assert_eq!(codes(&quantize_absmax(&strided, Granularity::Row)?.codes()?), codes(&wanted.codes()?));
     let offset = Tensor::cat(&[&x, &x], 0)?.narrow(0, 5, 5)?;
-    assert_eq!(codes(quantize_absmax(&offset, Granularity::Row)?.codes()), codes(wanted.codes()));
+    assert_eq!(codes(&quantize_absmax(&offset, Granularity::Row)?.codes()?), codes(&wanted.codes()?));
     Ok(())
 }
 
@@ -113,10 +117,32 @@ fn codes_of_another_dtype_and_scales_of_another_length_are_refused() -> Result<(
     let codes = Tensor::zeros((2, 3), DType::U8, &Device::Cpu)?;
     let scales = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
     assert!(Int8Matrix::new(codes.clone(), scales.clone()).is_ok());
-    assert!(Int8Matrix::new(Tensor::full(128u8, (2, 3), &Device::Cpu)?, scales.clone()).is_err());
     assert!(Int8Matrix::new(Tensor::zeros((2, 0), DType::U8, &Device::Cpu)?, scales.clone()).is_err());
     assert!(Int8Matrix::new(codes.to_dtype(DType::F32)?, scales.clone()).is_err());
     assert!(Int8Matrix::new(codes, scales.narrow(0, 0, 1)?).is_err());
+    assert!(Int8Matrix::from_shared(Arc::new([0u8; 6]), 3, scales.clone()).is_ok());
+    assert!(Int8Matrix::from_shared(Arc::new([0u8; 7]), 3, scales.clone()).is_err());
+    assert!(Int8Matrix::from_shared(Arc::new([0u8; 0]), 0, scales).is_err());
+    Ok(())
+}
+
+#[test]
+fn codes_that_something_else_owns_are_used_in_place() -> Result<()> {
+    let bytes: Vec<u8> = (0..6 * 40).map(|i| (i * 37 % 256) as u8).collect();
+    assert!(bytes.contains(&128), "the code -128, which quantising never gives, is one to store");
+    let scales = Tensor::arange(1f32, 7.0, &Device::Cpu)?;
+    let owned = Int8Matrix::new(Tensor::from_slice(&bytes, (6, 40), &Device::Cpu)?, scales.clone())?;
+    let shared = Int8Matrix::from_shared(Arc::new(bytes), 40, scales)?;
+    assert_eq!((shared.dims(), shared.bytes()), (owned.dims(), owned.bytes()));
+    assert_eq!(codes(&shared.codes()?), codes(&owned.codes()?));
+    let values = shared.dequantize()?.to_vec2::<f32>()?;
+    assert_eq!(values, owned.dequantize()?.to_vec2::<f32>()?);
+    let rows = shared.dequantize_rows(&Tensor::new(&[5u32, 0, 5], &Device::Cpu)?)?.to_vec2::<f32>()?;
+    assert_eq!(rows, [5, 0, 5].map(|row: usize| values[row].clone()));
+    assert!(shared.dequantize_rows(&Tensor::new(&[6u32], &Device::Cpu)?).is_err());
+    let x = Tensor::randn(0f32, 3.0, (5, 40), &Device::Cpu)?;
+    let product = |weight| int8_matmul(&x, weight, None, Some(6.0))?.to_vec2::<f32>();
+    assert_eq!(product(&shared)?, product(&owned)?);
     Ok(())
 }
 

@@ -24,6 +24,8 @@ pub enum Command {
     Footprint(FootprintArgs),
     /// Fetch a model from the Hugging Face Hub, to be used later.
     Download(DownloadArgs),
+    /// Write a model's weights in int8, to load in a moment.
+    Quantize(Box<QuantizeArgs>),
 }
 
 /// Which model.
@@ -57,9 +59,9 @@ pub struct PrecisionArgs {
 #[command(next_help_heading = "Precision")]
 pub struct Int8Args {
     /// Magnitude from which a feature of the activations is an outlier and stays in float; 0 keeps
-    /// none in float [int8 only].
-    #[arg(long, value_name = "X", default_value_t = int8_ops::OUTLIER_THRESHOLD, value_parser = threshold)]
-    pub threshold: f32,
+    /// none in float [int8 only; default: what an int8 checkpoint says, or else 6].
+    #[arg(long, value_name = "X", value_parser = threshold)]
+    pub threshold: Option<f32>,
 
     /// Keep this linear layer in 16 bits: the name of a module or whole parts of it, such as h.0 or
     /// mlp.dense_h_to_4h; may be given several times [int8 only].
@@ -269,6 +271,35 @@ pub struct FootprintArgs {
     pub quiet: bool,
 }
 
+/// Write a model's weights in int8, to load in a moment.
+///
+/// The new folder holds the checkpoint in the layout of bitsandbytes, with the tokenizer's files: llm8
+/// loads it without quantising anything again, and so does Transformers with bitsandbytes, unless
+/// --int8-head was given. The folder appears when it is whole; on any error nothing is left.
+#[derive(Debug, clap::Args)]
+pub struct QuantizeArgs {
+    /// The folder to write: a new one, or one that is empty.
+    #[arg(short, long, value_name = "DIR")]
+    pub output_dir: PathBuf,
+
+    /// Split the weights into files of at most this size, such as 5GB or 500MB; a larger tensor has a
+    /// file of its own.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    pub shard_size: usize,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    #[command(flatten)]
+    pub int8: Int8Args,
+
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
 /// How tokens are chosen, and when to stop.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Generation")]
@@ -356,6 +387,22 @@ fn penalty(text: &str) -> Result<f32, String> {
     let range = GenerateOptions::REPETITION_PENALTIES;
     let wanted = format!("a number from {} to {}", range.start(), range.end());
     number(text, |value| range.contains(&(value as f32)), &wanted).map(|value| value as f32)
+}
+
+/// Bytes, in decimal units or as they are.
+fn size(text: &str) -> Result<usize, String> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: Option<usize> = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => Some(1),
+        "KB" => Some(1_000),
+        "MB" => Some(1_000_000),
+        "GB" => Some(1_000_000_000),
+        "TB" => Some(1_000_000_000_000),
+        _ => None,
+    };
+    let size = digits.trim().parse::<usize>().ok().zip(unit).and_then(|(count, unit)| count.checked_mul(unit));
+    size.filter(|size| *size > 0).ok_or_else(|| "wanted a size, such as 5GB or 500MB".to_string())
 }
 
 fn device(text: &str) -> Result<Device, String> {

@@ -4,6 +4,8 @@ pub mod compare;
 pub mod download;
 pub mod footprint;
 pub mod generate;
+pub mod quantize;
+
 mod model;
 mod prompt;
 mod report;

@@ -30,5 +30,6 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Compare(args) => commands::compare::run(args),
         Command::Download(args) => commands::download::run(args),
         Command::Footprint(args) => commands::footprint::run(args),
+        Command::Quantize(args) => commands::quantize::run(&args),
     }
 }

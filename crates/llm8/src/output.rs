@@ -106,6 +106,20 @@ pub fn rate(count: usize, duration: Duration) -> f64 {
     if duration.is_zero() { 0.0 } else { count as f64 / duration.as_secs_f64() }
 }
 
+/// Begins a new count of [`peak_rss_bytes`], where the system can do that.
+pub fn reset_peak_rss() {
+    // proc_pid_clear_refs(5): 5 sets VmHWM to what is resident now.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The largest resident memory the process has had, as the kernel counts it.
+pub fn peak_rss_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

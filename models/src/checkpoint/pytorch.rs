@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 use zip::read::ZipFileEntry;
@@ -13,14 +14,15 @@ use zip::{CompressionMethod, ZipArchive};
 use super::RawTensor;
 use super::headers::{Described, MAX_HEADER, ReadSeek};
 use super::pickle::{self, PickledTensor};
+use crate::bytes::Bytes;
 use crate::error::{Error, Result};
-use crate::folder::{Bytes, ModelFolder};
+use crate::folder::ModelFolder;
 
 /// A checkpoint whose tensors have been found in the file and checked against it.
 #[derive(Debug)]
 pub(super) struct PytorchFile {
     path: PathBuf,
-    bytes: Bytes,
+    bytes: Arc<Bytes>,
     tensors: BTreeMap<String, Entry>,
 }
 
@@ -58,7 +60,7 @@ impl PytorchFile {
         }
         let pickle = &bytes[entries[&format!("{root}data.pkl")].clone()];
         let tensors = tensors(&path, root, pickle, &entries)?;
-        Ok(Self { path, bytes, tensors })
+        Ok(Self { path, bytes: Arc::new(bytes), tensors })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -71,8 +73,7 @@ impl PytorchFile {
 
     pub(super) fn tensor<'a>(&'a self, name: &'a str) -> Option<RawTensor<'a>> {
         let Entry { dtype, shape, range } = self.tensors.get(name)?;
-        let data = self.bytes.get(range.clone())?;
-        Some(RawTensor { name, file: &self.path, dtype: *dtype, shape, data })
+        Some(RawTensor { name, file: &self.path, dtype: *dtype, shape, bytes: &self.bytes, range: range.clone() })
     }
 }
 

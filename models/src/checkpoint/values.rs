@@ -47,7 +47,7 @@ impl RawTensor<'_> {
     /// been checked, and the data may have any alignment.
     pub(crate) fn widen(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.bitsize() / 8;
-        let bytes = &self.data[start * size..(start + out.len()) * size];
+        let bytes = &self.data()[start * size..(start + out.len()) * size];
         match self.dtype {
             Dtype::I8 => out.iter_mut().zip(bytes).for_each(|(out, &code)| *out = f32::from(code as i8)),
             Dtype::F32 => {

@@ -13,7 +13,7 @@ use int8_models::{Agreement, CausalLm, Loaded, ModelFolder, Precision, TextCodec
 
 use super::model;
 use super::prompt::Prompt;
-use super::report::{Report as Run, reset_peak_rss};
+use super::report::Report as Run;
 use crate::args::{BaselineName, CompareArgs};
 use crate::failure::Failure;
 use crate::{interrupt, output};
@@ -44,7 +44,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
     let mut logits = tempfile::tempfile().context("a temporary file for the logits")?;
     session.write_logits(loaded.model.as_ref(), &logits)?;
     let kept = args.together.then_some(loaded);
-    let (int8, loaded) = session.run(model::int8(&args.int8))?;
+    let (int8, loaded) = session.run(Precision::Int8(model::int8_options(&args.int8, &folder)?))?;
     logits.rewind()?;
     let agreement = session.compare_logits(loaded.model.as_ref(), &logits)?;
     drop(kept);
@@ -70,7 +70,7 @@ struct Session<'a> {
 impl Session<'_> {
     /// Loads the model and generates; the memory peak is this run's own.
     fn run(&self, precision: Precision) -> anyhow::Result<(Run, Loaded)> {
-        reset_peak_rss();
+        output::reset_peak_rss();
         let loaded = model::load_with_progress(self.folder, precision.clone(), &self.args.output)?;
         let options = model::generate_options(&self.args.sampling, &loaded);
         let mut generation = generate(loaded.model.as_ref(), self.prompt_ids, &options)?;

@@ -13,10 +13,11 @@ use crate::args::GenerateArgs;
 use crate::{interrupt, output};
 
 pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
-    let precision = model::precision(&args.precision)?;
+    model::check_flags(&args.precision)?;
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
     let folder = model::folder(&args.model, &args.output)?;
+    let precision = model::precision(&args.precision, &folder)?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
     let loaded = model::load_with_progress(&folder, precision.clone(), &args.output)?;

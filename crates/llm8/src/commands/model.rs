@@ -3,7 +3,9 @@
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use int8_models::{GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, architecture, load};
+use int8_models::{
+    GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load, stored_int8,
+};
 use int8_ops::cpu::Kernels;
 
 use crate::args::{Device, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, SamplingArgs};
@@ -68,31 +70,38 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
     Ok(folder)
 }
 
-/// The precision that the arguments describe; flags that belong to int8 are refused with another.
-pub fn precision(args: &PrecisionArgs) -> anyhow::Result<Precision> {
+/// An error when flags that belong to int8 are given with another precision.
+pub fn check_flags(args: &PrecisionArgs) -> anyhow::Result<()> {
     let given = [
-        ("--threshold", args.int8.threshold != int8_ops::OUTLIER_THRESHOLD),
+        ("--threshold", args.int8.threshold.is_some()),
         ("--skip-module", !args.int8.skip_modules.is_empty()),
         ("--int8-head", args.int8.int8_head),
     ];
-    if let (true, Some((flag, _))) = (args.precision != PrecisionName::Int8, given.iter().find(|(_, given)| *given)) {
-        return Err(Failure::usage(format!("{flag} belongs to --precision int8")).into());
+    match given.iter().find(|(_, given)| *given) {
+        Some((flag, _)) if args.precision != PrecisionName::Int8 => {
+            Err(Failure::usage(format!("{flag} belongs to --precision int8")).into())
+        }
+        _ => Ok(()),
     }
+}
+
+/// The precision that the arguments describe, for the model in `folder`.
+pub fn precision(args: &PrecisionArgs, folder: &ModelFolder) -> anyhow::Result<Precision> {
     Ok(match args.precision {
         PrecisionName::F32 => Precision::F32,
         PrecisionName::F16 => Precision::F16,
         PrecisionName::Bf16 => Precision::BF16,
-        PrecisionName::Int8 => int8(&args.int8),
+        PrecisionName::Int8 => Precision::Int8(int8_options(&args.int8, folder)?),
     })
 }
 
-/// LLM.int8() as the arguments describe it.
-pub fn int8(args: &Int8Args) -> Precision {
-    Precision::Int8(Int8Options {
-        threshold: (args.threshold > 0.0).then_some(args.threshold),
-        skip_modules: args.skip_modules.clone(),
-        head: args.int8_head,
-    })
+/// How int8 is to be applied to the model in `folder`.
+pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int8Options> {
+    let threshold = match args.threshold {
+        Some(threshold) => (threshold > 0.0).then_some(threshold),
+        None => stored_int8(folder)?.map_or(Some(int8_ops::OUTLIER_THRESHOLD), |stored| stored.threshold),
+    };
+    Ok(Int8Options { threshold, skip_modules: args.skip_modules.clone(), head: args.int8_head })
 }
 
 /// How to generate with a loaded model, as the arguments say.
@@ -109,21 +118,26 @@ pub fn generate_options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions
     }
 }
 
-/// Loads the model, with a progress bar on a terminal.
-pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
+/// A progress bar on a terminal, and what moves it.
+pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(ProgressBar, Box<dyn Fn(Progress)>)> {
     let bar = ProgressBar::new(0);
     if output.quiet || !std::io::stderr().is_terminal() {
         bar.set_draw_target(ProgressDrawTarget::hidden());
     }
-    bar.set_style(ProgressStyle::with_template("loading {bar:30} {decimal_bytes}/{decimal_total_bytes}")?);
-    let progress = {
-        let bar = bar.clone();
-        move |progress: int8_models::Progress| {
-            bar.set_length(progress.total_bytes as u64);
-            bar.set_position(progress.bytes as u64);
-        }
+    let template = format!("{what} {{bar:30}} {{decimal_bytes}}/{{decimal_total_bytes}}");
+    bar.set_style(ProgressStyle::with_template(&template)?);
+    let moved = bar.clone();
+    let progress = move |progress: Progress| {
+        moved.set_length(progress.total_bytes as u64);
+        moved.set_position(progress.bytes as u64);
     };
-    let loaded = load(folder, &LoadOptions { precision, progress: Some(Box::new(progress)) });
+    Ok((bar, Box::new(progress)))
+}
+
+/// Loads the model, with a progress bar on a terminal.
+pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
+    let (bar, progress) = progress_bar("loading", output)?;
+    let loaded = load(folder, &LoadOptions { precision, progress: Some(progress) });
     bar.finish_and_clear();
     let loaded = loaded?;
     if output.verbose {

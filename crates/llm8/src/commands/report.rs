@@ -65,7 +65,7 @@ impl Report {
                 weight_bytes: loaded.ledger.bytes(),
                 weight_bytes_f16: loaded.ledger.bytes_at_16_bits(),
                 kv_cache_bytes: generation.kv_cache_bytes(),
-                peak_rss_bytes: peak_rss_bytes(),
+                peak_rss_bytes: output::peak_rss_bytes(),
             },
         }
     }
@@ -90,18 +90,4 @@ impl Report {
             self.finish_reason,
         )
     }
-}
-
-/// Begins a new count of [`peak_rss_bytes`], where the system can do that.
-pub fn reset_peak_rss() {
-    // proc_pid_clear_refs(5): 5 sets VmHWM to what is resident now.
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-/// The largest resident memory the process has had, as the kernel counts it.
-fn peak_rss_bytes() -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kilobytes * 1024)
 }
