@@ -1,5 +1,5 @@
 # `make check` is what CI runs.
-.PHONY: check test bench golden
+.PHONY: check test nightly bench golden
 
 check:
 	cargo fmt --all --check
@@ -9,6 +9,10 @@ check:
 
 test:
 	cargo test --workspace
+
+# Peak memory and load time of a model of 2.6 GB; takes 8 GB of disk meanwhile.
+nightly:
+	cargo test --workspace --test peak_memory -- --ignored --nocapture
 
 bench:
 	cargo bench -p int8-ops

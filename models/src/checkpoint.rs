@@ -16,10 +16,9 @@ use std::sync::Arc;
 
 use ::safetensors::Dtype;
 use int8_ops::SharedBytes;
-use serde_json::Value;
 
 use crate::bytes::{Bytes, BytesPart};
-use crate::error::{Error, Result};
+use crate::error::{Error, NO_KNOWN_PREFIX, Result};
 use crate::files::{WeightForm, weight_map};
 use crate::folder::ModelFolder;
 pub use headers::{ReadSeek, TensorHeaders, WeightFiles};
@@ -144,16 +143,13 @@ impl Checkpoint {
     /// without the name of the model inside the language model.
     pub(crate) fn prefix_of<'p>(&self, prefixes: &[&'p str], probe: &str) -> Result<&'p str> {
         let found = prefixes.iter().find(|prefix| self.tensors.contains_key(&format!("{prefix}{probe}")));
-        found
-            .copied()
-            .ok_or_else(|| self.missing(format!("{}{probe}", prefixes[0]), "not found, with any known prefix"))
+        found.copied().ok_or_else(|| self.missing(format!("{}{probe}", prefixes[0]), NO_KNOWN_PREFIX))
     }
 
     /// The error of a tensor that is not there.
     pub(crate) fn missing(&self, tensor: String, problem: &str) -> Error {
-        let file = self.files.first().map_or(Path::new(FORMS[0].0), WeightFile::path).to_path_buf();
-        let hint = "the checkpoint is incomplete, or of another model than its config.json";
-        Error::Tensor { file, tensor, problem: problem.to_string(), hint: Some(hint.to_string()) }
+        let file = self.files.first().map_or(Path::new(WeightForm::NAMES[0].name()), WeightFile::path);
+        Error::missing_tensor(file, tensor, problem)
     }
 
     /// All tensors, as they follow one another in the files.

@@ -13,7 +13,7 @@ use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::error::{Error, NOT_FOUND, Result, first_line};
 use crate::layers::{Embedding, Linear, Linears};
 use crate::ledger::Ledger;
-use crate::precision::{Precision, VECTOR_DTYPE, matches};
+use crate::precision::{Int8Options, Precision, VECTOR_DTYPE};
 
 /// The weights of a checkpoint under one prefix of names.
 #[derive(Clone)]

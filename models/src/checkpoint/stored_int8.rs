@@ -5,7 +5,7 @@ use int8_ops::MAX_CODE;
 use safetensors::Dtype;
 
 use super::{Checkpoint, RawTensor};
-use crate::error::Result;
+use crate::error::{Error, NOT_FOUND, Result};
 
 /// What the largest magnitudes of the rows of a module's weight are called.
 pub(crate) const ABSMAX: &str = "SCB";
@@ -26,13 +26,13 @@ impl Checkpoint {
             return Err(format.problem_with_hint(problem, Some(hint.to_string())));
         }
         let name = format!("{module}{ABSMAX}");
-        let Some(absmax) = self.tensor(&name) else { return Err(self.missing(name, "not found")) };
+        let Some(absmax) = self.tensor(&name) else { return Err(self.missing(name, NOT_FOUND)) };
         let rows = weight.shape[0];
         if absmax.shape != [rows] {
             return Err(absmax.problem(format!("has shape {:?}, wanted {:?}", absmax.shape, [rows])));
         }
         if absmax.dtype != Dtype::F32 {
-            return Err(absmax.problem(format!("is {:?}, wanted F32", absmax.dtype)));
+            return Err(Error::wrong_dtype(absmax.file, absmax.name, absmax.dtype, "F32"));
         }
         let mut values = vec![0f32; rows];
         absmax.widen(0, &mut values);

@@ -4,7 +4,8 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
-    GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load, stored_int8,
+    GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load,
+    stored_int8,
 };
 use int8_ops::cpu::Kernels;
 

@@ -4,21 +4,17 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{Error, ModelFolder, QuantizeOptions, Quantized, quantize};
+use int8_models::{Error, QuantizeOptions, Quantized, quantize};
 use serde::Serialize;
 
 use super::model;
-use crate::args::{PrecisionName, QuantizeArgs};
-use crate::failure::Failure;
+use crate::args::QuantizeArgs;
 use crate::{interrupt, output};
 
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
-    if args.model.precision != PrecisionName::Int8 {
-        return Err(Failure::usage("quantize writes int8: leave out --precision").into());
-    }
-    model::set_up(&args.model)?;
+    model::set_up(&args.machine)?;
     let folder = model::folder(&args.model, &args.output)?;
-    let int8 = model::int8_options(&args.model, &folder)?;
+    let int8 = model::int8_options(&args.int8, &folder)?;
     interrupt::listen(args.output.quiet);
     let (bar, progress) = model::progress_bar("quantising", &args.output)?;
     let options = QuantizeOptions {
@@ -33,7 +29,7 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
         Err(Error::Interrupted) => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
         quantized => quantized?,
     };
-    let report = Report::new(args, &folder, int8.threshold, &quantized);
+    let report = Report::new(args, int8.threshold, &quantized);
     if args.output.json {
         let mut stdout = std::io::stdout().lock();
         stdout.write_all(&serde_json::to_vec(&report)?).and_then(|()| writeln!(stdout)).context("stdout")?;
@@ -61,9 +57,9 @@ struct Report {
 }
 
 impl Report {
-    fn new(args: &QuantizeArgs, folder: &ModelFolder, threshold: Option<f32>, quantized: &Quantized) -> Self {
+    fn new(args: &QuantizeArgs, threshold: Option<f32>, quantized: &Quantized) -> Self {
         Self {
-            model: folder.path().display().to_string(),
+            model: model::name(&args.model),
             output: args.output_dir.display().to_string(),
             source_bytes: quantized.source_bytes,
             bytes: quantized.bytes,
