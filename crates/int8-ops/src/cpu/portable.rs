@@ -24,10 +24,21 @@ fn magnitude_bits(x: f32) -> u32 {
 
 #[inline(always)]
 pub(super) fn absmax(x: &[f32], threshold: Option<f32>) -> f32 {
+    /// Maxima side by side: left to one, the compiler makes a chain of comparisons of it.
+    const LANES: usize = 64;
     // Integer maxima are vectorised; float maxima with their NaN rules are not.
     let limit = threshold.map_or(u32::MAX, f32::to_bits);
-    let bits = x.iter().map(|&x| magnitude_bits(x)).map(|bits| if bits < limit { bits } else { 0 });
-    f32::from_bits(bits.fold(0, u32::max))
+    let keep = |x: &f32| {
+        let bits = magnitude_bits(*x);
+        if bits < limit { bits } else { 0 }
+    };
+    let mut lanes = [0u32; LANES];
+    let (vectors, rest) = x.as_chunks::<LANES>();
+    for x in vectors {
+        lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = keep(x).max(*lane));
+    }
+    let bits = lanes.into_iter().chain(rest.iter().map(keep)).fold(0, u32::max);
+    f32::from_bits(bits)
 }
 
 #[inline(always)]
@@ -40,8 +51,11 @@ pub(super) fn flag_outliers(x: &[f32], threshold: f32, flags: &mut [u8]) {
 
 #[inline(always)]
 pub(super) fn quantize(x: &[f32], inverse: f32, codes: &mut [i8]) {
+    /// 1.5 * 2^23: what is added to it is rounded to a whole number, half to even, in the lowest bits
+    /// of the sum. Other ways to an integer mind what lies beyond its range, value by value.
+    const WHOLE: f32 = 12_582_912.0;
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse).round_ties_even() as i32 as i8;
+        *code = (x * inverse + WHOLE).to_bits() as i8;
     }
 }
 
