@@ -38,8 +38,11 @@ impl Bytes {
     pub(crate) fn give_back(&self, range: &Range<usize>) {
         #[cfg(unix)]
         if let Self::Mapped(map) = self {
-            // SAFETY: the map is of a file and read only, so dropping its pages, also those that the
-            // range shares with its neighbours, loses nothing.
+            /// The system maps a file's pages together with their neighbours, up to a huge page.
+            const HUGE_PAGE: usize = 1 << 21;
+            let range = range.start / HUGE_PAGE * HUGE_PAGE..range.end.next_multiple_of(HUGE_PAGE).min(map.len());
+            // SAFETY: the map is of a file and read only, so dropping its pages, the neighbours' too,
+            // loses nothing.
             let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
         }
     }

@@ -173,6 +173,7 @@ impl<'a> Weights<'a> {
         let mut values = vec![0f32; len];
         raw.widen(0, &mut values);
         raw.check_finite(0, &values)?;
+        raw.bytes.give_back(&raw.range);
         self.loader.enter(&raw, len * VECTOR_DTYPE.size_in_bytes());
         Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
     }

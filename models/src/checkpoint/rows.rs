@@ -70,8 +70,8 @@ impl RawTensor<'_> {
     /// Quantises `rows` of a float matrix (.., cols): the codes (rows, cols), the bits of `i8`, and the
     /// largest magnitude of each row.
     pub(crate) fn quantize_rows(&self, rows: Range<usize>, codes: &mut [u8], absmax: &mut [f32]) -> Result<()> {
-        let (cols, block) = (self.shape[1], self.rows_per_block());
         self.check_float()?;
+        let (cols, block) = (self.shape[1], self.rows_per_block());
         self.bytes.read_ahead(&self.range_of(&rows));
         codes.par_chunks_mut(block * cols).zip(absmax.par_chunks_mut(block)).enumerate().try_for_each(
             |(index, (codes, absmax))| {

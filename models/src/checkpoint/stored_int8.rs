@@ -37,6 +37,7 @@ impl Checkpoint {
         let mut values = vec![0f32; rows];
         absmax.widen(0, &mut values);
         absmax.check_finite(0, &values)?;
+        absmax.bytes.give_back(&absmax.range);
         match values.iter().position(|value| *value < 0.0) {
             Some(row) => Err(absmax.problem(format!("value [{row}] is {}, wanted a magnitude", values[row]))),
             None => Ok(values),
