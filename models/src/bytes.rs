@@ -3,7 +3,7 @@
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 /// The bytes of a file.
 #[derive(Debug)]
@@ -46,6 +46,12 @@ impl Bytes {
             let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
         }
     }
+}
+
+/// `len` zeros in memory of their own, which take it only as they are written. An error when the system
+/// has no such room, which would end the program if a vector asked for it.
+pub(crate) fn zeros(len: usize) -> std::io::Result<MmapMut> {
+    MmapMut::map_anon(len)
 }
 
 /// A part of a file's bytes that keeps the whole alive.

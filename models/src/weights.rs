@@ -1,6 +1,7 @@
 //! Checkpoint names to layers in the chosen precision, and the ledger of the bytes they take.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::LayerNorm;
@@ -8,6 +9,7 @@ use half::{bf16, f16};
 use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE};
 use safetensors::Dtype;
 
+use crate::bytes;
 use crate::checkpoint::rows::Float;
 use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::error::{Error, NOT_FOUND, Result, first_line};
@@ -187,12 +189,11 @@ impl<'a> Weights<'a> {
             return Int8Matrix::from_shared(weight.shared(), cols, scales)
                 .map_err(|error| weight.problem(first_line(&error)));
         }
-        check_memory(weight, rows * cols)?;
-        let (mut codes, mut scales) = (vec![0u8; rows * cols], vec![0f32; rows]);
+        let mut codes = bytes::zeros(rows * cols).map_err(|_| no_memory(weight, rows * cols))?;
+        let mut scales = vec![0f32; rows];
         weight.quantize_rows(0..rows, &mut codes, &mut scales)?;
         scales.iter_mut().for_each(|absmax| *absmax /= MAX_CODE);
-        let codes = Tensor::from_vec(codes, (rows, cols), &Device::Cpu)?;
-        Int8Matrix::new(codes, Tensor::from_vec(scales, rows, &Device::Cpu)?)
+        Int8Matrix::from_shared(Arc::new(codes), cols, Tensor::from_vec(scales, rows, &Device::Cpu)?)
             .map_err(|error| weight.problem(first_line(&error)))
     }
 
@@ -218,18 +219,17 @@ impl<'a> Weights<'a> {
 /// A weight (rows, cols) in memory as floats.
 fn float_tensor<T: Float>(weight: &RawTensor, scales: Option<&[f32]>) -> Result<Tensor> {
     let (rows, cols) = (weight.shape[0], weight.shape[1]);
-    check_memory(weight, rows * cols * T::DTYPE.size_in_bytes())?;
+    let bytes = rows * cols * T::DTYPE.size_in_bytes();
+    // Asked for beforehand, because a vector that gets no memory ends the program.
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| no_memory(weight, bytes))?;
     let mut matrix = T::zeros(rows * cols);
     weight.narrow_rows(0..rows, scales, &mut matrix)?;
     Ok(Tensor::from_vec(matrix, (rows, cols), &Device::Cpu)?)
 }
 
-/// An error when the system has no memory for so many bytes, which ends the program otherwise.
-fn check_memory(weight: &RawTensor, bytes: usize) -> Result<()> {
-    match Vec::<u8>::new().try_reserve_exact(bytes) {
-        Ok(()) => Ok(()),
-        Err(_) => Err(weight.problem(format!("there is no memory for the {bytes} bytes that it takes"))),
-    }
+/// The error of a weight that the system has no memory for.
+fn no_memory(weight: &RawTensor, bytes: usize) -> Error {
+    weight.problem(format!("there is no memory for the {bytes} bytes that it takes"))
 }
 
 /// The 16-bit dtype of a weight that is not quantised: the precision's own, and beside int8 layers

@@ -148,6 +148,11 @@ fn perplexity_at_int8_is_that_of_the_reference_schemes() {
                 assert!((found / f32 - 1.0).abs() <= 1e-3, "{name} {label}: {found}, f32 {f32}");
             }
         }
+        // No reference scheme quantises the head.
+        let head = Precision::Int8(Int8Options { head: true, ..Int8Options::default() });
+        let (found, f32) = (perplexity(load_model(name, head).model.as_ref(), &windows), wanted("fp32"));
+        println!("{name} int8 with int8 head: {found:.4} ({:+.2} % from f32)", (found / f32 - 1.0) * 100.0);
+        assert!((found / f32 - 1.0).abs() <= 1e-2, "{name} with int8 head: {found}, f32 {f32}");
     }
 }
 

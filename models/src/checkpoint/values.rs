@@ -58,13 +58,16 @@ impl RawTensor<'_> {
                 let values = bytes.as_chunks::<2>().0;
                 out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_le_bytes(*value).to_f32());
             }
-            _ => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
-                Ok(values) if cfg!(target_endian = "little") => values.convert_to_f32_slice(out),
-                _ => {
-                    let values = bytes.as_chunks::<2>().0;
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f16::from_le_bytes(*value).to_f32());
+            _ => {
+                // The processor converts f16, from memory that is aligned.
+                let mut aligned = [f16::ZERO; 512];
+                for (out, bytes) in out.chunks_mut(aligned.len()).zip(bytes.chunks(size_of_val(&aligned))) {
+                    let aligned = &mut aligned[..out.len()];
+                    bytemuck::cast_slice_mut::<f16, u8>(aligned).copy_from_slice(bytes);
+                    aligned.iter_mut().for_each(|value| *value = f16::from_bits(u16::from_le(value.to_bits())));
+                    aligned.convert_to_f32_slice(out);
                 }
-            },
+            }
         }
     }
 }
