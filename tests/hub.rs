@@ -192,8 +192,11 @@ fn footprint_reads_the_headers_of_a_model_on_the_hub() {
             assert_eq!(remote["disk"][key], local["disk"][key], "{fixture} {key}");
         }
         let asked = setting.server.take_requests();
-        let sent: usize = asked.iter().filter(|request| request.is_store).map(|one| one.sent).sum();
-        assert!(sent <= 150_000, "{fixture}: {sent} bytes");
+        // Of every file its beginning, and of a `.bin` its end: a fiftieth of a model that is no toy.
+        let files = asked.iter().filter(|request| request.method == "HEAD").count();
+        let sent: usize = asked.iter().map(|request| request.sent).sum();
+        assert!(sent <= files * 100_000, "{fixture}: {sent} bytes");
+        assert!(fixture != "tiny-bloom" || sent < 60_000, "{sent}");
         let blobs = setting.blobs().len();
         assert_eq!(blobs, 1, "the config alone is kept");
         // A model that is in the cache needs none of that.
@@ -205,7 +208,7 @@ fn footprint_reads_the_headers_of_a_model_on_the_hub() {
     let setting = Setting::with("footprint", SINGLE);
     setting.server.fail(WEIGHTS, &vec![Fault::Status(500, "retry-after: 0"); 50]);
     let output = setting.run(&["footprint", "-q", "-m", ID]);
-    check_failure(&output, 1, &["debian/tiny/model.safetensors: cannot be read", "127.0.0.1 answers 500"]);
+    check_failure(&output, 1, &["debian/tiny: model.safetensors: 127.0.0.1 answers 500", "hint: check the connection"]);
 }
 
 #[test]
@@ -258,7 +261,12 @@ fn a_connection_that_breaks_is_taken_up_where_it_broke() {
     let ranges: Vec<_> = asked.iter().map(|request| request.range.as_deref()).collect();
     assert_eq!(ranges, [None, Some("bytes=10000-"), Some("bytes=40000-"), Some("bytes=40001-"), Some("bytes=90001-")]);
     let said = stderr(&output);
-    assert!(said.contains("model.safetensors: ") && said.contains(": going on from 10.0 kB in 0.2 s"), "{said}");
+    assert!(
+        said.contains("model.safetensors: ")
+            && said.contains(": trying again in 0.")
+            && said.contains("s, from 10.0 kB"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -269,7 +277,69 @@ fn a_connection_that_stalls_is_given_up_and_taken_up() {
     let output = setting.command(&["download", "-m", ID]).env("HF_HUB_DOWNLOAD_TIMEOUT", "1").output().unwrap();
     check_folder(&setting.downloaded(&output), SINGLE, &["expected.safetensors"]);
     assert!(start.elapsed() < Duration::from_secs(50), "it waited for the server");
-    assert!(stderr(&output).contains("going on from 20.0 kB"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("s, from 20.0 kB"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_server_that_gives_no_parts_sends_the_whole_again() {
+    let setting = Setting::with("no-parts", SINGLE);
+    setting.server.fail(WEIGHTS, &[Fault::Cut(30_000), Fault::WholeInstead, Fault::Cut(7)]);
+    check_folder(&setting.download(), SINGLE, &["expected.safetensors"]);
+    // Another part than the one that was asked for is of no use, and for ever is given up.
+    let setting = Setting::with("no-parts", SINGLE);
+    setting.server.fail(WEIGHTS, &vec![Fault::OtherPart; 50]);
+    let start = Instant::now();
+    check(&setting, &[ID], &["another part came than was asked for", "times in a row"]);
+    assert!(start.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn a_file_that_is_shorter_than_it_was_said_to_be() {
+    let setting = Setting::new("shorter");
+    let mut repo = Repo::of(&fixtures().join(SINGLE));
+    let size = repo.commits.values().next().unwrap()[WEIGHTS].len();
+    repo.told_sizes.insert(WEIGHTS.to_string(), size as u64 + 5);
+    setting.server.put(ID, repo);
+    check(&setting, &[ID], &["model.safetensors: arrived twice with another content than its hash"]);
+}
+
+#[test]
+fn damaged_files_of_the_cache_come_again() {
+    let setting = Setting::with("damaged", SINGLE);
+    let folder = setting.download();
+    for file in [WEIGHTS, "config.json"] {
+        let blob = fs::canonicalize(folder.join(file)).unwrap();
+        fs::write(&blob, "cut").unwrap();
+        assert_eq!(setting.download(), folder);
+        check_folder(&folder, SINGLE, &["expected.safetensors"]);
+    }
+}
+
+#[test]
+fn the_hub_is_asked_without_a_token_where_there_is_none() {
+    let setting = Setting::with("no-token", SINGLE);
+    fs::create_dir_all(setting.home.join(".cache/huggingface")).unwrap();
+    fs::write(setting.home.join(".cache/huggingface/token"), "hf_login").unwrap();
+    // As in Python, a file that is named and not there is no reason to look elsewhere.
+    let mut command = setting.command(&["download", "-q", "-m", ID]);
+    setting.downloaded(&command.env("HF_TOKEN_PATH", setting.home.join("nothing")).output().unwrap());
+    assert!(setting.server.take_requests().iter().all(|request| request.authorization.is_none()));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_need_not_wait_for_a_list_that_does_not_come() {
+    let setting = Setting::with("silent-list", SINGLE);
+    setting.server.fail("api", &[Fault::Stall(0, Duration::from_secs(60))]);
+    let mut command = setting.command(&["download", "-q", "-m", ID]);
+    let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    while setting.server.requests() == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
 }
 
 #[test]
@@ -316,7 +386,8 @@ fn a_killed_download_goes_on_with_the_rest() {
     let size = fs::metadata(fixtures().join(SINGLE).join(WEIGHTS)).unwrap().len() as usize;
     let stored: Vec<_> = asked.iter().filter(|request| request.is_store).collect();
     assert!(stored.len() == 1 && stored[0].sent == size - 100_000, "{asked:?}");
-    assert!(!asked.iter().any(|request| request.path.ends_with("config.json")), "what was whole is not asked for");
+    let is_config = |request: &&Request| request.method == "GET" && request.path.ends_with("config.json");
+    assert!(!asked.iter().any(|request| is_config(&request)), "what was whole came again");
 }
 
 #[cfg(unix)]
@@ -460,6 +531,23 @@ fn check(setting: &Setting, args: &[&str], parts: &[&str]) {
 }
 
 #[test]
+fn flags_and_endpoints_that_make_no_sense() {
+    let setting = Setting::with("no-sense", SINGLE);
+    let folder = fixtures().join(SINGLE);
+    let args = ["generate", "-q", "--prompt-ids", "5", "--revision", "v1", "-m", folder.to_str().unwrap()];
+    check_failure(&setting.run(&args), 2, &["--revision belongs to models on the Hub"]);
+    for (endpoint, part) in [
+        ("http://user:secret@127.0.0.1:9", "holds a user name or a password"),
+        ("http://127.0.0.1:9?x=1", "wanted a URL without `?` and `#`"),
+        ("ftp://127.0.0.1:9", "wanted a URL that begins with http"),
+    ] {
+        let output = setting.command(&["download", "-q", "-m", ID]).env("HF_ENDPOINT", endpoint).output().unwrap();
+        check_failure(&output, 1, &[part, "hint: the Hub itself is https://huggingface.co"]);
+        assert!(!stderr(&output).contains("secret"));
+    }
+}
+
+#[test]
 fn no_such_model_or_revision() {
     let setting = Setting::with("no-such", SINGLE);
     check(&setting, &["nobody/nothing"], &["there is no model nobody/nothing at http://127", "hint: check the name"]);
@@ -507,6 +595,7 @@ fn a_model_that_wants_a_token_or_another_one() {
     check(&setting, &["private/model", "--token", "hf_old"], &["does not accept the token (for private/model)"]);
     setting.server.fail("api", &[Fault::Status(403, "")]);
     check(&setting, &["private/model", "--token", "hf_right"], &["gives no access to private/model"]);
+    check_failure(&setting.run(&["download", "-q", "-m", ID, "--token", ""]), 2, &["--token is empty"]);
     check(&setting, &["private/model", "--token", "two words"], &["the token for the Hub holds characters"]);
     let output = setting.run(&["download", "-q", "-m", "gated/model", "--token", "hf_right"]);
     check_folder(&setting.downloaded(&output), SINGLE, &["expected.safetensors"]);
@@ -519,7 +608,7 @@ fn no_network() {
     let output = off(&mut setting.command(&["download", "-q", "-m", ID]));
     check_failure(&output, 1, &["http://127.0.0.1:9 cannot be reached: ", "refused", "hint: check the connection"]);
     let output = setting.command(&["download", "-q", "-m", ID]).env("HF_ENDPOINT", "hub").output().unwrap();
-    check_failure(&output, 1, &["HF_ENDPOINT is `hub`, wanted a URL"]);
+    check_failure(&output, 1, &["HF_ENDPOINT is `hub`, wanted a URL that begins with http"]);
     // A copy in the cache does.
     let folder = setting.download();
     let output = off(&mut setting.command(&["download", "-m", ID]));
@@ -530,7 +619,7 @@ fn no_network() {
     setting.server.fail(WEIGHTS, &vec![Fault::Status(500, "retry-after: 0"); 50]);
     check(&setting, &[ID], &["debian/tiny: model.safetensors: 127.0.0.1 answers 500", "6 times in a row", "is kept"]);
     setting.server.fail("api", &vec![Fault::Status(503, ""); 50]);
-    check(&setting, &[ID], &["answers 503 Service Unavailable each time", "hint: try again in some minutes"]);
+    check(&setting, &[ID], &["cannot be reached: it answers 503 Service Unavailable, 4 times in a row", "hint: check"]);
     setting.server.fail("api", &vec![Fault::Garbage; 50]);
     check(&setting, &[ID], &["does not answer as the Hub does", "hint: is HF_ENDPOINT right?"]);
 }
@@ -598,7 +687,11 @@ fn a_cache_that_cannot_be_written() {
     let setting = Setting::with("unwritable", SINGLE);
     let file = setting.home.join("file");
     fs::write(&file, "").unwrap();
-    check(&setting, &[ID, "--cache-dir", file.to_str().unwrap()], &["/file/", "cannot be written", "Not a directory"]);
+    check(
+        &setting,
+        &[ID, "--cache-dir", file.to_str().unwrap()],
+        &["the cache ", "/file/models--debian--tiny cannot be written", "Not a directory", "hint: name another place"],
+    );
 }
 
 /// Runs a program in Python with the setting's cache and endpoint, and gives what it prints.

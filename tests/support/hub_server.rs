@@ -63,6 +63,10 @@ pub enum Fault {
     Stall(usize, Duration),
     /// Every byte is another.
     Garbage,
+    /// The whole comes, whatever part was asked for.
+    WholeInstead,
+    /// A part comes, but not the one that was asked for.
+    OtherPart,
     /// An answer of this status, with this header.
     Status(u16, &'static str),
 }
@@ -141,6 +145,11 @@ impl HubServer {
         self.state().faults.insert(file.to_string(), faults.iter().cloned().collect());
     }
 
+    /// How many requests have come.
+    pub fn requests(&self) -> usize {
+        self.state().requests.len()
+    }
+
     /// The requests so far; forgets them.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state().requests)
@@ -183,6 +192,7 @@ impl Shared {
         let fault = if is_get { state.faults.get_mut(content_of).and_then(VecDeque::pop_front) } else { None };
         let index = state.requests.len();
         let is_head = request.method == "HEAD";
+        let asked = request.clone();
         state.requests.push(request);
         drop(state);
         let mut end = answer.content.len();
@@ -192,6 +202,14 @@ impl Shared {
                 let (name, value) = header.split_once(": ").unwrap_or(("x-none", ""));
                 answer = Answer::status(status, &[(name, value)]);
                 end = 0;
+            }
+            Some(Fault::WholeInstead) => {
+                answer = self.answer(&Request { range: None, ..asked.clone() }, &path);
+                end = answer.content.len();
+            }
+            Some(Fault::OtherPart) => {
+                answer = self.answer(&Request { range: Some("bytes=3-100".to_string()), ..asked.clone() }, &path);
+                end = answer.content.len();
             }
             Some(Fault::Garbage) => answer.content.iter_mut().for_each(|byte| *byte ^= 0x55),
             Some(Fault::Cut(bytes)) => end = bytes.min(end),

@@ -30,6 +30,14 @@ impl Failure {
         Self { code: interrupt::EXIT_CODE, ..Self::new(message) }
     }
 
+    pub fn has_hint(&self) -> bool {
+        self.hint.is_some()
+    }
+
+    pub fn is_interruption(&self) -> bool {
+        self.code == interrupt::EXIT_CODE
+    }
+
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }

@@ -34,7 +34,7 @@ pub fn run(args: DownloadArgs) -> anyhow::Result<ExitCode> {
         return Err(failure.with_hint("an id is ORGANISATION/MODEL, such as bigscience/bloomz-560m").into());
     }
     interrupt::listen(args.quiet);
-    let folder = Hub::new(&args.model, &args.hub, args.quiet)?.fetch()?;
+    let folder = Hub::new(&args.model, &args.hub, args.quiet)?.fetch_and_compare()?;
     let mut stdout = std::io::stdout().lock();
     if !args.json {
         return writeln!(stdout, "{}", folder.display()).context("stdout").map(|()| ExitCode::SUCCESS);
@@ -42,9 +42,13 @@ pub fn run(args: DownloadArgs) -> anyhow::Result<ExitCode> {
     let mut files = Vec::new();
     for file in folder.read_dir().with_context(|| folder.display().to_string())? {
         let file = file?;
-        // A link's own length is not that of the file.
-        let bytes = file.path().metadata()?.len();
-        files.push(FileReport { name: file.file_name().to_string_lossy().into_owned(), bytes });
+        // Of what a link leads to; Python's tools may have put folders beside the files.
+        if let Ok(metadata) = file.path().metadata()
+            && metadata.is_file()
+        {
+            let name = file.file_name().to_string_lossy().into_owned();
+            files.push(FileReport { name, bytes: metadata.len() });
+        }
     }
     files.sort_by(|one, other| one.name.cmp(&other.name));
     let commit = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();

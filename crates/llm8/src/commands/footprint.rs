@@ -49,8 +49,10 @@ fn folder(args: &FootprintArgs) -> anyhow::Result<(ModelFolder, Option<RemoteFil
         }
         return Ok((demo::folder(), None));
     };
-    let name = path.to_str().filter(|name| path.symlink_metadata().is_err() && hub::is_id(name));
-    let Some(id) = name else { return Ok((ModelFolder::open(path)?, None)) };
+    let Some(id) = hub::id_of(path) else {
+        model::check_local(&args.model.hub)?;
+        return Ok((ModelFolder::open(path)?, None));
+    };
     // A published model's shape is known; of a revision that is asked for, it may be another.
     match published(id).filter(|_| args.model.hub.revision.is_none()) {
         Some(folder) => Ok((folder, None)),

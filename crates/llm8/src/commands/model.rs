@@ -9,7 +9,9 @@ use int8_models::{
 };
 use int8_ops::cpu::Kernels;
 
-use crate::args::{Device, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, SamplingArgs};
+use crate::args::{
+    Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, SamplingArgs,
+};
 use crate::demo;
 use crate::failure::Failure;
 use crate::hub::{self, Hub};
@@ -48,6 +50,7 @@ pub fn name(args: &ModelArgs) -> String {
 /// arguments, the demonstration model, which is said.
 pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
     let Some(path) = &args.model else {
+        check_local(&args.hub)?;
         if !output.quiet {
             output::say(
                 "No model given: this is the small demonstration model, trained on Debian's documentation.\n\
@@ -56,19 +59,29 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
         }
         return Ok(demo::folder());
     };
-    // A folder comes first: an id that is also one is meant as such.
-    let folder = match path.to_str() {
-        Some(id) if !path.exists() && hub::is_id(id) => {
+    let folder = match hub::id_of(path) {
+        Some(id) => {
             interrupt::listen(output.quiet);
-            ModelFolder::open(Hub::new(id, &args.hub, output.quiet)?.fetch()?)?
+            ModelFolder::open(Hub::new(id, &args.hub, output.quiet)?.fetch(|_| Ok(()))?)?
         }
-        _ => ModelFolder::open(path)?,
+        None => {
+            check_local(&args.hub)?;
+            ModelFolder::open(path)?
+        }
     };
     let architecture = architecture(&folder)?;
     if output.verbose {
         output::say(&format!("architecture {architecture}"));
     }
     Ok(folder)
+}
+
+/// An error when flags that only models on the Hub have are given with a folder.
+pub fn check_local(args: &HubArgs) -> anyhow::Result<()> {
+    match args.revision {
+        Some(_) => Err(Failure::usage("--revision belongs to models on the Hub, not to a folder").into()),
+        None => Ok(()),
+    }
 }
 
 /// An error when flags that belong to int8 are given with another precision.

@@ -2,13 +2,14 @@
 //! `snapshots` (a folder of links for each commit) and `refs` (branch or tag to commit).
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use tempfile::NamedTempFile;
+
+use crate::failure::Failure;
 
 /// One model's part of the cache.
-#[derive(Clone)]
 pub struct RepoCache {
     folder: PathBuf,
     locks: PathBuf,
@@ -41,12 +42,11 @@ impl RepoCache {
         }
         let file = self.folder.join("refs").join(revision);
         let write = || {
-            make_parent(&file)?;
-            let new = beside(&file);
-            fs::write(&new, commit)?;
-            fs::rename(&new, &file)
+            let mut new = NamedTempFile::new_in(make_parent(&file)?)?;
+            new.write_all(commit.as_bytes())?;
+            new.persist(&file).map(drop).map_err(|error| error.error)
         };
-        write().with_context(|| format!("{}: cannot be written", file.display()))
+        write().map_err(|error| self.unwritable(&error).into())
     }
 
     /// The folder of a commit's files.
@@ -57,6 +57,12 @@ impl RepoCache {
     /// Whether a commit's file is there, whole.
     pub fn has(&self, commit: &str, file: &str) -> bool {
         self.snapshot(commit).join(file).exists()
+    }
+
+    /// Whether a commit's file is there, with this size.
+    pub fn has_whole(&self, commit: &str, file: &str, size: u64) -> bool {
+        let metadata = self.snapshot(commit).join(file).metadata();
+        metadata.is_ok_and(|metadata| metadata.is_file() && metadata.len() == size)
     }
 
     pub fn blob(&self, etag: &str) -> PathBuf {
@@ -72,53 +78,53 @@ impl RepoCache {
     pub fn link(&self, commit: &str, file: &str, etag: &str) -> anyhow::Result<()> {
         let pointer = self.snapshot(commit).join(file);
         let write = || {
-            make_parent(&pointer)?;
-            let new = beside(&pointer);
-            point(&self.blob(etag), etag, &new)?;
-            fs::rename(&new, &pointer)
+            let new = tempfile::Builder::new()
+                .prefix(".link")
+                .make_in(make_parent(&pointer)?, |new| point(&self.blob(etag), etag, new))?;
+            new.persist(&pointer).map(drop).map_err(|error| error.error)
         };
-        write().with_context(|| format!("{}: cannot be written", pointer.display()))
+        write().map_err(|error| self.unwritable(&error).into())
     }
 
-    /// The lock on a blob, which is held until the file is dropped, or its process ends. Where another
-    /// process has it, `wait` is called, then asked again and again whether to go on waiting.
-    pub fn lock(&self, etag: &str, mut wait: impl FnMut() -> bool) -> anyhow::Result<Option<File>> {
+    /// The lock on a blob, held until the file is dropped or its process ends. While another process has
+    /// it, `wait` is called before each new try; its error ends the waiting.
+    pub fn lock(&self, etag: &str, mut wait: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<File> {
         let path = self.locks.join(format!("{etag}.lock"));
         let open = || {
             make_parent(&path)?;
-            File::options().create(true).append(true).open(&path)
+            // Windows locks no file that is open for appending alone.
+            File::options().create(true).read(true).append(true).open(&path)
         };
-        let file = open().with_context(|| format!("{}: cannot be written", path.display()))?;
+        let file = open().map_err(|error| self.unwritable(&error))?;
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(Some(file)),
-                Err(TryLockError::WouldBlock) if wait() => {}
-                Err(TryLockError::WouldBlock) => return Ok(None),
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) => wait()?,
                 Err(TryLockError::Error(error)) => {
-                    return Err(error).with_context(|| format!("{}: cannot be locked", path.display()));
+                    let failure = Failure::new(format!("{}: cannot be locked: {error}", path.display()));
+                    return Err(failure
+                        .with_hint("keep the cache on a local disk: --cache-dir or HF_HUB_CACHE")
+                        .into());
                 }
             }
         }
+    }
+
+    fn unwritable(&self, error: &io::Error) -> Failure {
+        let failure = Failure::new(format!("the cache {} cannot be written: {error}", self.folder.display()));
+        failure.with_hint("name another place with --cache-dir or HF_HUB_CACHE")
     }
 }
 
 /// Whether a revision is a commit's full hash.
 pub fn is_commit(revision: &str) -> bool {
-    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
+    revision.len() == 40 && revision.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-pub fn make_parent(file: &Path) -> io::Result<()> {
-    file.parent().map_or(Ok(()), fs::create_dir_all)
-}
-
-/// A name of this process alone beside `file`, to be renamed to it.
-fn beside(file: &Path) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
-    let new = PathBuf::from(name);
-    // What a killed process of the same number may have left.
-    let _ = fs::remove_file(&new);
-    new
+/// The folder of a file, made where there is none.
+pub fn make_parent(file: &Path) -> io::Result<&Path> {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map(|()| folder)
 }
 
 /// A relative link, so that the cache can be moved; every snapshot is two folders below the model's,

@@ -3,6 +3,7 @@
 use hf_hub::HFError;
 use reqwest::StatusCode;
 
+use super::http::Trouble;
 use super::settings::Settings;
 use crate::failure::Failure;
 
@@ -11,7 +12,7 @@ const TOKEN_HINT: &str = "log in with `hf auth login`, or give a token with --to
 
 /// The Hub's refusal to give a model, or the file `name` of it; `code` is its X-Error-Code.
 pub fn refusal(status: StatusCode, code: Option<&str>, settings: &Settings, id: &str, name: Option<&str>) -> Failure {
-    let (endpoint, has_token) = (&settings.endpoint, settings.token.is_some());
+    let (endpoint, has_token) = (settings.endpoint_text(), settings.token.is_some());
     let page = format!("{endpoint}/{id}");
     match (status, code) {
         (_, Some("GatedRepo")) if has_token => {
@@ -36,45 +37,60 @@ pub fn refusal(status: StatusCode, code: Option<&str>, settings: &Settings, id: 
         (StatusCode::UNAUTHORIZED, _) => {
             Failure::new(format!("{endpoint} does not accept the token (for {id})")).with_hint(TOKEN_HINT)
         }
-        (StatusCode::FORBIDDEN, _) => Failure::new(format!("{endpoint} gives no access to {id}"))
+        (StatusCode::FORBIDDEN, _) if has_token => Failure::new(format!("{endpoint} gives no access to {id}"))
             .with_hint(format!("look at {page}; the token may be one without the right to read")),
+        (StatusCode::FORBIDDEN, _) => {
+            Failure::new(format!("{endpoint} gives no access to {id} without a token")).with_hint(TOKEN_HINT)
+        }
         _ => Failure::new(format!("{page}: the Hub answers {status}")).with_hint("try again later"),
     }
 }
 
-/// An error of asking about a model's revision; `None` when the Hub could not be reached at all.
-pub fn of_info(error: HFError, settings: &Settings, id: &str, revision: &str) -> Option<Failure> {
+/// What an error of asking about a model's revision means.
+pub fn of_info(error: HFError, settings: &Settings, id: &str, revision: &str) -> Trouble {
+    let endpoint = settings.endpoint_text();
     let context = match &error {
-        HFError::Request { source, .. } if source.is_decode() => {
-            let message = format!("{}: does not answer as the Hub does: {}", settings.endpoint, cause(source));
-            return Some(Failure::new(message).with_hint("is HF_ENDPOINT right?"));
+        HFError::Request { source, .. } if source.is_decode() && !source.is_timeout() => {
+            let failure = Failure::new(format!("{endpoint} does not answer as the Hub does"));
+            return failure.with_hint("is HF_ENDPOINT right?").into();
         }
-        HFError::Request { .. } => return None,
+        HFError::Request { source, .. } if source.is_redirect() || source.is_builder() => {
+            let failure =
+                Failure::new(format!("{endpoint} redirects to where it cannot be followed: {}", cause(source)));
+            return failure.with_hint("is HF_ENDPOINT right?").into();
+        }
+        HFError::Request { source, .. } => return Trouble::passing(cause(source)),
+        HFError::RateLimited { retry_after, context } => {
+            return Trouble::Passing { why: format!("it answers {}", context.status), pause: *retry_after };
+        }
         HFError::RevisionNotFound { context: Some(context), .. } => {
-            if context.error_code.as_deref() != Some("RepoNotFound") {
-                let page = format!("{}/{id}", settings.endpoint);
-                let hint = format!("{page}/tree/main lists branches and tags; a commit is named by its full hash");
-                return Some(Failure::new(format!("{id} has no revision {revision}")).with_hint(hint));
+            let is_main = revision == "main" && context.error_code.is_none();
+            if context.error_code.as_deref() != Some("RepoNotFound") && !is_main {
+                let hint =
+                    format!("{endpoint}/{id}/tree/main lists branches and tags; a commit is named by its full hash");
+                return Failure::new(format!("{id} has no revision {revision}")).with_hint(hint).into();
             }
             context
         }
-        HFError::AuthRequired { context }
-        | HFError::Forbidden { context }
-        | HFError::RateLimited { context, .. }
-        | HFError::Http { context } => context,
-        _ => return Some(Failure::new(format!("{}: {error}", settings.endpoint))),
+        HFError::AuthRequired { context } | HFError::Forbidden { context } | HFError::Http { context } => context,
+        _ => return Failure::new(format!("{endpoint}: {error}")).into(),
     };
-    if matches!(context.status, StatusCode::TOO_MANY_REQUESTS) || context.status.is_server_error() {
-        let message = format!("{} answers {} each time", settings.endpoint, context.status);
-        return Some(Failure::new(message).with_hint("try again in some minutes; --offline uses what is in the cache"));
+    match context.status {
+        status if is_passing(status) => Trouble::passing(format!("it answers {status}")),
+        status => refusal(status, context.error_code.as_deref(), settings, id, None).into(),
     }
-    Some(refusal(context.status, context.error_code.as_deref(), settings, id, None))
+}
+
+/// Whether an answer of this status may be another a moment later.
+pub fn is_passing(status: StatusCode) -> bool {
+    status.is_server_error() || [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&status)
 }
 
 /// That the Hub could not be reached.
 pub fn unreachable(error: &str, settings: &Settings) -> Failure {
-    Failure::new(format!("{} cannot be reached: {error}", settings.endpoint)).with_hint(
-        "check the connection, and HTTPS_PROXY if there is a proxy; a model that is in the cache needs no network",
+    Failure::new(format!("{} cannot be reached: {error}", settings.endpoint_text())).with_hint(
+        "check the connection, and HTTPS_PROXY, HTTP_PROXY or ALL_PROXY if one is set; a model that is whole in the \
+         cache needs no network",
     )
 }
 

@@ -57,11 +57,19 @@ impl Progress {
         FileProgress { progress: self, name: name.to_string(), bar }
     }
 
-    /// Takes the bars away.
+    /// Takes the bars away; lines that were begun get a last one.
     pub fn finish(&self) {
-        if let Display::Bars { all, .. } = &self.display {
-            let _ = all.clear();
+        match &self.display {
+            Display::Nothing => {}
+            Display::Lines(_) if self.start.elapsed() < LINE_INTERVAL => {}
+            Display::Lines(_) => output::say(&format!("fetched {}", output::bytes(self.held() as usize))),
+            Display::Bars { all, .. } => drop(all.clear()),
         }
+    }
+
+    /// Bytes that are in the cache.
+    fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     fn write_line(&self) {
@@ -71,20 +79,28 @@ impl Progress {
             return;
         }
         *last = Instant::now();
-        let held = self.held.load(Ordering::Relaxed);
+        let held = self.held();
         let rate = output::rate(self.received.load(Ordering::Relaxed) as usize, self.start.elapsed());
         let left = match rate as u64 {
             0 => String::new(),
-            rate => format!(", {} left", indicatif::HumanDuration(Duration::from_secs((self.size - held) / rate))),
+            rate => format!(
+                ", {} left",
+                indicatif::HumanDuration(Duration::from_secs(self.size.saturating_sub(held) / rate))
+            ),
         };
         let (held_bytes, size) = (output::bytes(held as usize), output::bytes(self.size as usize));
-        let percent = held * 100 / self.size.max(1);
-        output::say(&format!("fetched {held_bytes} of {size} ({percent} %), {}/s{left}", output::bytes(rate as usize)));
+        let percent = held as f64 * 100.0 / self.size.max(1) as f64;
+        output::say(&format!(
+            "fetched {held_bytes} of {size} ({percent:.0} %), {}/s{left}",
+            output::bytes(rate as usize)
+        ));
     }
 }
 
 fn bar(size: u64, name: &str) -> ProgressBar {
-    let template = "{msg:30!} {bar:20} {decimal_bytes:>9}/{decimal_total_bytes:9} {decimal_bytes_per_sec:>12} {eta:>4}";
+    // Fits 80 columns, with a bar of what they leave.
+    let template =
+        "{msg:24!} {wide_bar} {decimal_bytes:>9}/{decimal_total_bytes:9} {decimal_bytes_per_sec:>11} {eta:>4}";
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(size).with_style(style).with_message(name.to_string())
 }
@@ -101,10 +117,10 @@ impl FileProgress<'_> {
     pub fn found(&self, bytes: u64) {
         self.progress.held.fetch_add(bytes, Ordering::Relaxed);
         if let (Display::Bars { total, .. }, Some(bar)) = (&self.progress.display, &self.bar) {
+            total.inc(bytes);
+            bar.inc(bytes);
             // Rates are of what comes, not of what was there.
-            total.set_position(total.position() + bytes);
             total.reset_eta();
-            bar.set_position(bytes);
             bar.reset_eta();
         }
     }
@@ -124,8 +140,8 @@ impl FileProgress<'_> {
     pub fn retreat(&self, bytes: u64) {
         self.progress.held.fetch_sub(bytes, Ordering::Relaxed);
         if let (Display::Bars { total, .. }, Some(bar)) = (&self.progress.display, &self.bar) {
-            total.set_position(total.position().saturating_sub(bytes));
-            bar.set_position(bar.position().saturating_sub(bytes));
+            total.dec(bytes);
+            bar.dec(bytes);
         }
     }
 

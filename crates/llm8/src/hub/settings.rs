@@ -1,8 +1,12 @@
 //! Where the Hub is, who asks, and where its files are kept: flags first, then the environment that
 //! Python's tools share (huggingface_hub/constants.py).
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use reqwest::Url;
 
 use crate::args::HubArgs;
 use crate::failure::Failure;
@@ -11,11 +15,13 @@ const ENDPOINT: &str = "https://huggingface.co";
 /// Seconds without a byte after which a connection is given up; as in huggingface_hub.
 const TIMEOUT_SECONDS: u64 = 10;
 
+/// No token is longer.
+const MAX_TOKEN_FILE: u64 = 1 << 16;
+
 /// How the Hub is asked.
 #[derive(Clone)]
 pub struct Settings {
-    /// Without a slash at its end.
-    pub endpoint: String,
+    pub endpoint: Url,
     pub token: Option<String>,
     pub cache_dir: PathBuf,
     pub offline: bool,
@@ -24,28 +30,48 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The endpoint as text, without a slash at its end.
+    pub fn endpoint_text(&self) -> &str {
+        self.endpoint.as_str().trim_end_matches('/')
+    }
+
     pub fn new(args: &HubArgs) -> anyhow::Result<Self> {
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_string());
-        let endpoint = endpoint.trim_end_matches('/').to_string();
-        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-            let failure = Failure::new(format!("HF_ENDPOINT is `{endpoint}`, wanted a URL"));
-            return Err(failure.with_hint(format!("the Hub itself is {ENDPOINT}")).into());
-        }
-        let token = args.token.clone().or_else(stored_token);
-        if let Some(token) = &token
-            && (token.is_empty() || !token.chars().all(|c| c.is_ascii_graphic()))
-        {
+        let token = match &args.token {
+            Some(token) if token.is_empty() => return Err(Failure::usage("--token is empty").into()),
+            Some(token) => Some(token.clone()),
+            None => stored_token(),
+        };
+        if token.as_ref().is_some_and(|token| !token.chars().all(|c| c.is_ascii_graphic())) {
             let failure = Failure::new("the token for the Hub holds characters that no token has");
             return Err(failure.with_hint("look at --token, HF_TOKEN and the file that HF_TOKEN_PATH names").into());
         }
+        let cache_dir = args.cache_dir.clone().unwrap_or_else(cache_dir);
         Ok(Self {
-            endpoint,
+            endpoint: endpoint()?,
             token,
-            cache_dir: args.cache_dir.clone().unwrap_or_else(cache_dir),
-            offline: args.offline || flag("HF_HUB_OFFLINE") || flag("TRANSFORMERS_OFFLINE"),
+            cache_dir: std::path::absolute(&cache_dir).unwrap_or(cache_dir),
+            offline: args.offline
+                || flag(if variable("HF_HUB_OFFLINE").is_some() { "HF_HUB_OFFLINE" } else { "TRANSFORMERS_OFFLINE" }),
             timeout: timeout()?,
         })
     }
+}
+
+/// Where the Hub, or what stands in for it, is.
+fn endpoint() -> anyhow::Result<Url> {
+    let text = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_string());
+    let text = text.trim().trim_end_matches('/');
+    let wrong =
+        |what: &str| Failure::new(format!("HF_ENDPOINT {what}")).with_hint(format!("the Hub itself is {ENDPOINT}"));
+    let url = Url::parse(text).ok().filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
+    let url = url.ok_or_else(|| wrong(&format!("is `{text}`, wanted a URL that begins with http:// or https://")))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("holds a user name or a password: give a token with --token or HF_TOKEN").into());
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong(&format!("is `{text}`, wanted a URL without `?` and `#`")).into());
+    }
+    Ok(url)
 }
 
 /// A variable of the environment that is there, and not empty.
@@ -86,7 +112,8 @@ fn stored_token() -> Option<String> {
     }
     let from_file = || {
         let file = path("HF_TOKEN_PATH").unwrap_or_else(|| hf_home().join("token"));
-        std::fs::read_to_string(file).ok()
+        let mut token = String::new();
+        File::open(file).ok()?.take(MAX_TOKEN_FILE).read_to_string(&mut token).ok().map(|_| token)
     };
     let token = variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN")).or_else(from_file)?;
     Some(token.trim().to_string()).filter(|token| !token.is_empty())
