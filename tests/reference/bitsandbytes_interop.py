@@ -73,7 +73,8 @@ def compare(llm8, model, folder):
     prompts = prompts_of(model)
     for ids in prompts:
         wanted = reference.generate(
-            torch.tensor([ids]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
         )[0, len(ids) :].tolist()
         found = greedy(llm8, folder, ids)
         common = next((i for i, (a, b) in enumerate(zip(found, wanted)) if a != b), NEW_TOKENS)

@@ -133,7 +133,7 @@ pub fn generate_options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions
 }
 
 /// A progress bar on a terminal, and what moves it.
-pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(ProgressBar, Box<dyn Fn(Progress)>)> {
+pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(ProgressBar, impl Fn(Progress) + use<>)> {
     let bar = ProgressBar::new(0);
     if output.quiet || !std::io::stderr().is_terminal() {
         bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -145,13 +145,13 @@ pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(Progress
         moved.set_length(progress.total_bytes as u64);
         moved.set_position(progress.bytes as u64);
     };
-    Ok((bar, Box::new(progress)))
+    Ok((bar, progress))
 }
 
 /// Loads the model, with a progress bar on a terminal.
 pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
     let (bar, progress) = progress_bar("loading", output)?;
-    let loaded = load(folder, &LoadOptions { precision, progress: Some(progress) });
+    let loaded = load(folder, &LoadOptions { precision, progress: Some(Box::new(progress)) });
     bar.finish_and_clear();
     let loaded = loaded?;
     if output.verbose {

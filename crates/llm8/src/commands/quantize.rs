@@ -20,7 +20,7 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
     let options = QuantizeOptions {
         int8: int8.clone(),
         shard_bytes: args.shard_size,
-        progress: Some(progress),
+        progress: Some(Box::new(progress)),
         is_interrupted: interrupt::is_requested,
     };
     let quantized = quantize(&folder, &args.output_dir, &options);
