@@ -30,7 +30,7 @@ const ALLOWANCE: u64 = 200_000_000;
 
 #[cfg(target_os = "linux")]
 #[test]
-#[ignore = "writes 2.6 GB five times and loads it: cargo test --workspace --test peak_memory -- --ignored --nocapture"]
+#[ignore = "writes 2.6 GB four times and loads it: cargo test --workspace --test peak_memory -- --ignored --nocapture"]
 fn loading_takes_the_model_one_tensor_and_200_mb_at_most() {
     let tensors = random_opt();
     let largest = tensors.iter().map(|(_, tensor)| tensor.data.len()).max().unwrap() as u64;
