@@ -111,6 +111,11 @@ fn a_config_whose_sizes_make_no_sense_or_contradict_the_tensors() {
         ("layer_norm_epsilon", (-1).into(), "`layer_norm_epsilon` is -1, wanted a number above 0"),
         ("apply_residual_connection_post_layernorm", "yes".into(), "wanted true or false"),
         ("eos_token_id", "</s>".into(), "wanted a token id or a list of them"),
+        (
+            "quantization_config",
+            serde_json::json!({ "load_in_8bit": true, "llm_int8_threshold": -1 }),
+            "`quantization_config.llm_int8_threshold` is -1, wanted 0 or a number above 0",
+        ),
     ];
     for (index, (key, value, wanted)) in cases.into_iter().enumerate() {
         check_model(&with_config(&format!("sizes-{index}"), key, value), &[wanted]);
