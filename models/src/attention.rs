@@ -1,32 +1,48 @@
 //! Causal attention over cached keys and values, and ALiBi.
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{DType, Result, Tensor, bail};
+use int8_ops::{AttentionCache, attention};
 
 /// The keys and values of every layer for the tokens seen so far; its length is the position.
 #[derive(Debug)]
 pub struct KvCache {
-    layers: Vec<Option<Layer>>,
+    layers: Vec<Option<AttentionCache>>,
+    dtype: CacheDtype,
     /// Tokens that every layer holds.
     len: usize,
 }
 
-/// One layer's keys and values, (batch, heads, capacity, head_dim) each.
-#[derive(Debug)]
-struct Layer {
-    keys: Tensor,
-    values: Tensor,
+/// What keys and values are cached in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheDtype {
+    /// Half the memory, and half the reading at each token.
+    #[default]
+    F16,
+    /// As they were computed.
+    F32,
 }
 
-/// What keys and values are kept in.
-const DTYPE: DType = DType::F32;
+impl CacheDtype {
+    fn candle(self) -> DType {
+        match self {
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
+        }
+    }
+}
+
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 64;
 
 impl KvCache {
-    /// An empty cache for a model of `num_layers` blocks; memory is taken as tokens come.
+    /// An empty cache in f16 for a model of `num_layers` blocks; memory is taken as tokens come.
     pub fn new(num_layers: usize) -> Self {
-        Self { layers: (0..num_layers).map(|_| None).collect(), len: 0 }
+        Self::with_dtype(num_layers, CacheDtype::default())
+    }
+
+    /// An empty cache for a model of `num_layers` blocks.
+    pub fn with_dtype(num_layers: usize, dtype: CacheDtype) -> Self {
+        Self { layers: vec![None; num_layers], dtype, len: 0 }
     }
 
     /// The number of layers that it is for.
@@ -46,13 +62,13 @@ impl KvCache {
 
     /// Bytes that the cache has taken, room for further tokens included.
     pub fn bytes(&self) -> usize {
-        let tensors = self.layers.iter().flatten().flat_map(|layer| [&layer.keys, &layer.values]);
-        tensors.map(|tensor| tensor.elem_count() * tensor.dtype().size_in_bytes()).sum()
+        self.layers.iter().flatten().map(AttentionCache::bytes).sum()
     }
 
-    /// Bytes that the keys and values of one token take, for a model of `num_layers` blocks.
-    pub fn bytes_per_token(num_layers: usize, hidden_size: usize) -> usize {
-        2 * num_layers * hidden_size * DTYPE.size_in_bytes()
+    /// Bytes that the keys and values of one token take, for a model of `num_layers` blocks whose heads are
+    /// whole vectors wide.
+    pub fn bytes_per_token(num_layers: usize, hidden_size: usize, dtype: CacheDtype) -> usize {
+        2 * num_layers * hidden_size * dtype.candle().size_in_bytes()
     }
 
     /// The part of the cache that belongs to block `index`.
@@ -60,41 +76,28 @@ impl KvCache {
         LayerCache { cache: self, index }
     }
 
-    /// Appends keys and values (batch, heads, tokens, head_dim) of one layer, and gives all it holds:
-    /// (batch, heads, past + tokens, head_dim).
+    /// Appends keys and values (batch, heads, tokens, head_dim) of one layer, and gives what it holds and
+    /// the number of tokens before these.
     ///
     /// Room doubles when it is full, so a token's share of the copying does not grow with the context.
-    fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (batch, heads, tokens, head_dim) = keys.dims4()?;
-        let Some(layer) = self.layers.get_mut(index) else {
-            bail!("the cache is for {} layers, but the model has more", self.layers.len())
-        };
+    fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(&AttentionCache, usize)> {
         // A pass that failed half-way has not moved `len`: what it left is written over.
-        let (past, len) = (self.len, self.len + tokens);
-        let with_room = |held: Option<&Tensor>, capacity: usize| -> Result<Tensor> {
-            let tensor = Tensor::zeros((batch, heads, capacity, head_dim), keys.dtype(), keys.device())?;
-            if let Some(held) = held {
-                tensor.slice_set(&held.narrow(2, 0, past)?.contiguous()?, 2, 0)?;
-            }
-            Ok(tensor)
+        let (past, len) = (self.len, self.len + keys.dim(2)?);
+        let num_layers = self.layers.len();
+        let Some(layer) = self.layers.get_mut(index) else {
+            bail!("the cache is for {num_layers} layers, but the model has more")
         };
-        if layer.as_ref().is_none_or(|held| held.keys.dims()[2] < len) {
-            let capacity = len.next_multiple_of(FIRST_CAPACITY).max(2 * past);
-            *layer = Some(Layer {
-                keys: with_room(layer.as_ref().map(|held| &held.keys), capacity)?,
-                values: with_room(layer.as_ref().map(|held| &held.values), capacity)?,
-            });
-        }
-        let Some(Layer { keys: all_keys, values: all_values }) = layer else {
-            bail!("layer {index} of the cache is empty")
+        let capacity = len.next_multiple_of(FIRST_CAPACITY).max(2 * past);
+        let held = match layer.take() {
+            Some(held) if held.capacity() >= len => held,
+            Some(held) if past > 0 => held.grown(past, capacity)?,
+            _ => AttentionCache::new(keys, capacity, self.dtype.candle())?,
         };
-        all_keys.slice_set(&keys.contiguous()?, 2, past)?;
-        all_values.slice_set(&values.contiguous()?, 2, past)?;
-        let all = (all_keys.narrow(2, 0, len)?, all_values.narrow(2, 0, len)?);
-        if index + 1 == self.layers.len() {
+        held.write(past, keys, values)?;
+        if index + 1 == num_layers {
             self.len = len;
         }
-        Ok(all)
+        Ok((layer.insert(held), past))
     }
 }
 
@@ -104,16 +107,9 @@ pub(crate) struct LayerCache<'a> {
     index: usize,
 }
 
-/// Queries that attend at a time: scores take (heads, this, context) and not (heads, prompt, prompt),
-/// and keys that come after all of them are left out.
-const QUERIES_PER_CHUNK: usize = 128;
-/// Scores that are in memory at a time, where a query's own do not take more.
-const MAX_SCORES: usize = 1 << 24;
-
 /// Appends keys and values to the cache, and lets every query attend to what is there up to its own
-/// position: softmax(q k^T / sqrt(head_dim) + alibi) v. Queries, keys and values are (batch, heads,
-/// tokens, head_dim), the result is (batch, tokens, heads * head_dim); ALiBi comes by a slope for
-/// each head, or not at all.
+/// position; see [`attention`]. Queries, keys and values are (batch, heads, tokens, head_dim), the result
+/// is (batch, tokens, heads * head_dim).
 pub(crate) fn attend(
     queries: &Tensor,
     keys: &Tensor,
@@ -121,58 +117,8 @@ pub(crate) fn attend(
     slopes: Option<&[f32]>,
     cache: LayerCache,
 ) -> Result<Tensor> {
-    let (keys, values) = cache.cache.append(cache.index, keys, values)?;
-    let (batch, heads, tokens, head_dim) = queries.dims4()?;
-    let past = keys.dim(2)? - tokens;
-    let per_chunk = (MAX_SCORES / (batch * heads * (past + tokens))).clamp(1, QUERIES_PER_CHUNK);
-    let queries = (queries * (1.0 / (head_dim as f64).sqrt()))?.contiguous()?;
-    let chunks = (0..tokens).step_by(per_chunk).map(|first| {
-        let len = per_chunk.min(tokens - first);
-        let visible = past + first + len;
-        let (keys, values) = (keys.narrow(2, 0, visible)?, values.narrow(2, 0, visible)?);
-        let scores = queries.narrow(2, first, len)?.contiguous()?.matmul(&keys.t()?)?;
-        scores.inplace_op1(&CausalSoftmax { slopes, past: past + first })?;
-        scores.matmul(&values)
-    });
-    let context = Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 2)?;
-    context.transpose(1, 2)?.flatten_from(2)
-}
-
-/// Turns scores (batch, heads, queries, keys) into weights: row by row the softmax over the keys up
-/// to the query's own position, 0 for the later ones.
-struct CausalSoftmax<'a> {
-    /// ALiBi adds slope * key position to a score. What is constant over the keys changes no
-    /// softmax, so the key's absolute position serves every query.
-    slopes: Option<&'a [f32]>,
-    /// The keys before the first query's own.
-    past: usize,
-}
-
-impl InplaceOp1 for CausalSoftmax<'_> {
-    fn name(&self) -> &'static str {
-        "causal-softmax"
-    }
-
-    fn cpu_fwd(&self, scores: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let (_, heads, queries, keys) = layout.shape().dims4()?;
-        let (CpuStorage::F32(scores), Some((start, end))) = (scores, layout.contiguous_offsets()) else {
-            bail!("causal softmax: scores must be contiguous F32")
-        };
-        scores[start..end].par_chunks_mut(keys).enumerate().with_min_len(4).for_each(|(row, scores)| {
-            let (head, query) = (row / queries % heads, row % queries);
-            let (seen, later) = scores.split_at_mut(self.past + query + 1);
-            if let Some(slopes) = self.slopes {
-                let slope = slopes[head];
-                seen.iter_mut().enumerate().for_each(|(key, score)| *score += slope * key as f32);
-            }
-            let max = seen.iter().fold(f32::NEG_INFINITY, |max, &score| max.max(score));
-            seen.iter_mut().for_each(|score| *score = (*score - max).exp());
-            let sum: f32 = seen.iter().sum();
-            seen.iter_mut().for_each(|weight| *weight /= sum);
-            later.fill(0.0);
-        });
-        Ok(())
-    }
+    let (held, past) = cache.cache.append(cache.index, keys, values)?;
+    attention(queries, held, past, slopes)
 }
 
 /// ALiBi's slope for each head (Press et al. 2021, arXiv 2108.12409; `build_alibi_tensor` in
@@ -202,21 +148,36 @@ mod tests {
         assert_eq!(alibi_slopes(1), [2f32.powi(-8)]);
     }
 
+    /// Keys, values and queries (2, 3, tokens, 8).
+    fn random(tokens: usize) -> Result<[Tensor; 3]> {
+        let tensor = || Tensor::randn(0f32, 1.0, (2, 3, tokens, 8), &Device::Cpu);
+        Ok([tensor()?, tensor()?, tensor()?])
+    }
+
+    fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+        tensor.flatten_all()?.to_vec1()
+    }
+
     #[test]
-    fn long_prompts_attend_in_chunks_as_if_at_once() -> Result<()> {
-        let (heads, tokens, head_dim) = (3, 2 * QUERIES_PER_CHUNK + 7, 8);
-        let tensor = || Tensor::randn(0f32, 1.0, (2, heads, tokens, head_dim), &Device::Cpu);
-        let (queries, keys, values) = (tensor()?, tensor()?, tensor()?);
-        let slopes = alibi_slopes(heads);
-        let mut whole = KvCache::new(1);
-        let found = attend(&queries, &keys, &values, Some(&slopes), whole.layer(0))?;
-        // One token at a time: no later key is ever there, and each chunk is a single query.
-        let mut cache = KvCache::new(1);
-        for token in 0..tokens {
-            let one = |tensor: &Tensor| tensor.narrow(2, token, 1);
-            let step = attend(&one(&queries)?, &one(&keys)?, &one(&values)?, Some(&slopes), cache.layer(0))?;
-            let difference = (step - found.narrow(1, token, 1)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-            assert!(difference < 1e-5, "token {token}: {difference}");
+    fn tokens_one_by_one_and_in_runs_attend_as_all_at_once_bit_for_bit() -> Result<()> {
+        let tokens = 200;
+        let [queries, keys, values_] = random(tokens)?;
+        let slopes = alibi_slopes(3);
+        for dtype in [CacheDtype::F16, CacheDtype::F32] {
+            let mut whole = KvCache::with_dtype(1, dtype);
+            let found = attend(&queries, &keys, &values_, Some(&slopes), whole.layer(0))?;
+            for run in [1, 7, 64] {
+                // The cache grows on the way, and keeps what it held.
+                let mut cache = KvCache::with_dtype(1, dtype);
+                for first in (0..tokens).step_by(run) {
+                    let len = run.min(tokens - first);
+                    let some = |tensor: &Tensor| tensor.narrow(2, first, len);
+                    let step =
+                        attend(&some(&queries)?, &some(&keys)?, &some(&values_)?, Some(&slopes), cache.layer(0))?;
+                    assert_eq!(values(&step)?, values(&found.narrow(1, first, len)?)?, "{dtype:?} from {first} on");
+                    assert_eq!(cache.len(), first + len);
+                }
+            }
         }
         Ok(())
     }
@@ -224,33 +185,29 @@ mod tests {
     #[test]
     fn what_a_failed_pass_left_is_written_over() -> Result<()> {
         let mut cache = KvCache::new(2);
-        let tokens = |count: usize, value: f32| Tensor::full(value, (1, 1, count, 2), &Device::Cpu);
         // The first of two layers only, and then a longer pass through both.
-        cache.append(0, &tokens(3, 1.0)?, &tokens(3, 1.0)?)?;
+        let [queries, keys, values_] = random(3)?;
+        attend(&queries, &keys, &values_, None, cache.layer(0))?;
         assert!(cache.is_empty());
+        let [queries, keys, values_] = random(100)?;
+        let wanted = attend(&queries, &keys, &values_, None, KvCache::new(1).layer(0))?;
         for layer in 0..2 {
-            let (keys, values) = cache.append(layer, &tokens(100, 2.0)?, &tokens(100, 3.0)?)?;
-            assert_eq!(keys.flatten_all()?.to_vec1::<f32>()?, [2.0; 200]);
-            assert_eq!(values.flatten_all()?.to_vec1::<f32>()?, [3.0; 200]);
+            let found = attend(&queries, &keys, &values_, None, cache.layer(layer))?;
+            assert_eq!(values(&found)?, values(&wanted)?);
         }
         assert_eq!(cache.len(), 100);
         Ok(())
     }
 
     #[test]
-    fn a_cache_keeps_what_was_appended_while_it_grows() -> Result<()> {
-        let mut cache = KvCache::new(1);
-        let token = |value: f32| Tensor::full(value, (2, 3, 1, 4), &Device::Cpu);
-        for position in 0..200 {
-            let value = position as f32;
-            let (keys, values) = cache.append(0, &token(value)?, &token(-value)?)?;
-            assert_eq!(cache.len(), position + 1);
-            assert_eq!((keys.dims(), values.dims()), (&[2, 3, position + 1, 4][..], &[2, 3, position + 1, 4][..]));
-            let wanted: Vec<f32> = (0..=position).map(|p| p as f32).collect();
-            assert_eq!(keys.get(1)?.get(2)?.narrow(1, 3, 1)?.flatten_all()?.to_vec1::<f32>()?, wanted);
+    fn a_cache_takes_the_bytes_of_its_dtype_for_whole_blocks_of_tokens() -> Result<()> {
+        for (dtype, bytes) in [(CacheDtype::F16, 2), (CacheDtype::F32, 4)] {
+            let mut cache = KvCache::with_dtype(1, dtype);
+            let [queries, keys, values_] = random(65)?;
+            attend(&queries, &keys, &values_, None, cache.layer(0))?;
+            // Keys of 8 features, and values padded to 16.
+            assert_eq!(cache.bytes(), 2 * 3 * 128 * (8 + 16) * bytes);
         }
-        // Two sequences, and room for 256 tokens.
-        assert_eq!(cache.bytes(), 2 * 256 * KvCache::bytes_per_token(1, 3 * 4));
         Ok(())
     }
 }

@@ -2,7 +2,8 @@
 //! transformers/models/bloom/modeling_bloom.py.
 
 use candle_core::{Result, Tensor};
-use candle_nn::{LayerNorm, Module};
+use candle_nn::Module;
+use int8_ops::{LayerNorm, add, gelu};
 
 use crate::attention::{KvCache, LayerCache, alibi_slopes, attend};
 use crate::causal_lm::CausalLm;
@@ -180,10 +181,10 @@ impl Block {
     fn forward(&self, hidden: &Tensor, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(hidden)?;
         let residual = if self.residual_after_layernorm { &normed } else { hidden };
-        let hidden = (residual + self.self_attention.forward(&normed, slopes, cache)?)?;
+        let hidden = add(self.self_attention.forward(&normed, slopes, cache)?, residual)?;
         let normed = self.post_attention_layernorm.forward(&hidden)?;
         let residual = if self.residual_after_layernorm { &normed } else { &hidden };
-        residual + self.mlp.forward(&normed)?
+        add(self.mlp.forward(&normed)?, residual)
     }
 }
 
@@ -231,7 +232,7 @@ impl Mlp {
     }
 
     fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        // Candle's `gelu` is the tanh form, which BLOOM uses (`bloom_gelu_forward`).
-        self.dense_4h_to_h.forward(&self.dense_h_to_4h.forward(hidden)?.gelu()?)
+        // The form by tanh is BLOOM's (`bloom_gelu_forward`).
+        self.dense_4h_to_h.forward(&gelu(self.dense_h_to_4h.forward(hidden)?)?)
     }
 }

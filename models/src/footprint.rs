@@ -5,7 +5,7 @@
 
 use candle_core::DType;
 
-use crate::attention::KvCache;
+use crate::attention::{CacheDtype, KvCache};
 use crate::checkpoint::TensorHeaders;
 use crate::config::Config;
 use crate::error::Result;
@@ -73,7 +73,8 @@ impl Footprint {
 
     /// Bytes of the keys and values of so many tokens.
     pub fn kv_cache(&self, tokens: usize) -> u64 {
-        let per_token = KvCache::bytes_per_token(self.outline.num_layers, self.outline.hidden_size);
+        let per_token =
+            KvCache::bytes_per_token(self.outline.num_layers, self.outline.hidden_size, CacheDtype::default());
         (per_token as u64).saturating_mul(tokens as u64)
     }
 

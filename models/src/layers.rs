@@ -2,13 +2,12 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::Module;
-use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, half_matmul, int8_matmul};
+use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, float_matmul, int8_matmul};
 
 /// A linear layer in the precision it was loaded in.
 #[derive(Debug)]
 pub(crate) enum Linear {
-    Float(candle_nn::Linear),
-    Half(HalfLinear),
+    Float(FloatLinear),
     Int8(Int8Linear),
 }
 
@@ -16,7 +15,6 @@ impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Float(layer) => layer.forward(x),
-            Self::Half(layer) => layer.forward(x),
             Self::Int8(layer) => layer.forward(x),
         }
     }
@@ -45,7 +43,6 @@ impl Module for Linears {
 #[derive(Debug)]
 pub(crate) enum Embedding {
     Float(Tensor),
-    Half(Tensor),
     Int8 { matrix: Int8Matrix, threshold: Option<f32> },
 }
 
@@ -54,7 +51,7 @@ impl Embedding {
     pub(crate) fn lookup(&self, tokens: &Tensor) -> Result<Tensor> {
         let ids = tokens.flatten_all()?;
         let rows = match self {
-            Self::Float(table) | Self::Half(table) => table.index_select(&ids, 0)?.to_dtype(DType::F32)?,
+            Self::Float(table) => table.index_select(&ids, 0)?.to_dtype(DType::F32)?,
             Self::Int8 { matrix, .. } => matrix.dequantize_rows(&ids)?,
         };
         let mut dims = tokens.dims().to_vec();
@@ -65,8 +62,7 @@ impl Embedding {
     /// The logits (.., vocabulary) of hidden states (.., width): their products with every row.
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Float(table) => candle_nn::Linear::new(table.clone(), None).forward(hidden),
-            Self::Half(table) => half_matmul(hidden, table, None),
+            Self::Float(table) => float_matmul(hidden, table, None),
             Self::Int8 { matrix, threshold } => int8_matmul(hidden, matrix, None, *threshold),
         }
     }

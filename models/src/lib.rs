@@ -51,7 +51,7 @@ mod text;
 mod weights;
 
 pub use agreement::Agreement;
-pub use attention::KvCache;
+pub use attention::{CacheDtype, KvCache};
 pub use causal_lm::CausalLm;
 pub use checkpoint::{ReadSeek, TensorHeaders, WeightFiles};
 pub use error::{Error, Result};

@@ -2,7 +2,8 @@
 //! the reference is transformers/models/opt/modeling_opt.py.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{LayerNorm, Module};
+use candle_nn::Module;
+use int8_ops::{LayerNorm, add, gelu, gelu_erf, relu};
 
 use crate::attention::{KvCache, LayerCache, attend};
 use crate::causal_lm::CausalLm;
@@ -74,7 +75,7 @@ impl Shape {
         }
         let (ones, zeros) =
             (Tensor::ones(width, DType::F32, &Device::Cpu)?, Tensor::zeros(width, DType::F32, &Device::Cpu)?);
-        Ok(LayerNorm::new(ones, zeros, LAYER_NORM_EPSILON))
+        Ok(LayerNorm::new(ones, zeros, LAYER_NORM_EPSILON)?)
     }
 }
 
@@ -98,11 +99,12 @@ impl Activation {
         })
     }
 
-    fn forward(self, x: &Tensor) -> Result<Tensor> {
+    /// Of `x`, written over it.
+    fn forward(self, x: Tensor) -> Result<Tensor> {
         match self {
-            Self::Relu => x.relu(),
-            Self::Gelu => x.gelu_erf(),
-            Self::GeluTanh => x.gelu(),
+            Self::Relu => relu(x),
+            Self::Gelu => gelu_erf(x),
+            Self::GeluTanh => gelu(x),
         }
     }
 }
@@ -277,7 +279,7 @@ impl Block {
     fn forward(&self, hidden: &Tensor, cache: LayerCache) -> Result<Tensor> {
         let attention = |x: &Tensor| self.self_attn.forward(x, cache);
         let hidden = self.with_residual(hidden, &self.self_attn_layer_norm, attention)?;
-        let mlp = |x: &Tensor| self.fc2.forward(&self.activation.forward(&self.fc1.forward(x)?)?);
+        let mlp = |x: &Tensor| self.fc2.forward(&self.activation.forward(self.fc1.forward(x)?)?);
         self.with_residual(&hidden, &self.final_layer_norm, mlp)
     }
 
@@ -289,9 +291,9 @@ impl Block {
         part: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         if self.do_layer_norm_before {
-            hidden + part(&norm.forward(hidden)?)?
+            add(part(&norm.forward(hidden)?)?, hidden)
         } else {
-            norm.forward(&(hidden + part(hidden)?)?)
+            norm.forward(&add(part(hidden)?, hidden)?)
         }
     }
 }

@@ -4,9 +4,8 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::LayerNorm;
 use half::{bf16, f16};
-use int8_ops::{HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, MAX_CODE};
+use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm, MAX_CODE};
 use safetensors::Dtype;
 
 use crate::bytes;
@@ -117,10 +116,9 @@ impl<'a> Weights<'a> {
                 self.loader.enter(&weight, matrix.bytes());
                 Linear::Int8(Int8Linear::new(matrix, bias, options.threshold)?)
             }
-            Precision::F32 => Linear::Float(candle_nn::Linear::new(self.float_matrix(&weight, DType::F32)?, bias)),
             precision => {
-                let weight = self.float_matrix(&weight, half_dtype(precision, &weight))?;
-                Linear::Half(HalfLinear::new(weight, bias)?)
+                let weight = self.float_matrix(&weight, float_dtype(precision, &weight))?;
+                Linear::Float(FloatLinear::new(weight, bias)?)
             }
         })
     }
@@ -157,15 +155,12 @@ impl<'a> Weights<'a> {
     /// int8 layers.
     pub(crate) fn table(&self, rows: usize, width: usize) -> Result<Embedding> {
         let weight = self.tensor("weight", &[rows, width])?;
-        Ok(match self.loader.precision {
-            Precision::F32 => Embedding::Float(self.float_matrix(&weight, DType::F32)?),
-            precision => Embedding::Half(self.float_matrix(&weight, half_dtype(precision, &weight))?),
-        })
+        Ok(Embedding::Float(self.float_matrix(&weight, float_dtype(self.loader.precision, &weight))?))
     }
 
     /// A layer norm: `weight` and `bias` (width).
     pub(crate) fn layer_norm(&self, width: usize, eps: f64) -> Result<LayerNorm> {
-        Ok(LayerNorm::new(self.vector("weight", width)?, self.vector("bias", width)?, eps))
+        Ok(LayerNorm::new(self.vector("weight", width)?, self.vector("bias", width)?, eps)?)
     }
 
     /// A vector (len), in [`VECTOR_DTYPE`].
@@ -232,10 +227,11 @@ fn no_memory(weight: &RawTensor, bytes: usize) -> Error {
     weight.problem(format!("there is no memory for the {bytes} bytes that it takes"))
 }
 
-/// The 16-bit dtype of a weight that is not quantised: the precision's own, and beside int8 layers
-/// the one that the file has.
-pub(crate) fn half_dtype(precision: &Precision, weight: &RawTensor) -> DType {
+/// The dtype of a weight that is not quantised: the precision's own, and beside int8 layers the 16-bit
+/// one that the file has.
+pub(crate) fn float_dtype(precision: &Precision, weight: &RawTensor) -> DType {
     match (precision, weight.dtype) {
+        (Precision::F32, _) => DType::F32,
         (Precision::BF16, _) | (Precision::Int8(_), Dtype::BF16) => DType::BF16,
         _ => DType::F16,
     }

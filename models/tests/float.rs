@@ -18,7 +18,7 @@ fn logits_equal_the_reference_at_every_prompt() {
         let golden = tensors(format!("golden/{name}/golden.safetensors"));
         for prompt in json(format!("golden/{name}/golden.json"))["prompts"].as_array().unwrap() {
             let label = prompt["name"].as_str().unwrap();
-            let mut found = logits(model.as_ref(), &ids(&prompt["ids"]));
+            let mut found = f32_logits(model.as_ref(), &ids(&prompt["ids"]));
             if let Some(at) = golden.get(&format!("logits_at.{label}")) {
                 found = found.index_select(at, 0).unwrap();
             }
@@ -40,7 +40,7 @@ fn hidden_states_equal_the_reference_after_every_block() {
 /// Compares the input of block 0, the output of every block, and what goes into the head.
 fn check_hidden_states(model: &dyn CausalLm, ids: &Tensor, golden: &std::collections::HashMap<String, Tensor>) {
     let ids = ids.to_dtype(candle_core::DType::U32).unwrap().unsqueeze(0).unwrap();
-    let mut cache = KvCache::new(model.num_layers());
+    let mut cache = f32_cache(model);
     let mut hidden = model.embed(&ids, 0).unwrap();
     let check = |label: String, hidden: &Tensor| {
         let error = relative_error(&hidden.squeeze(0).unwrap(), &golden[&label]);
@@ -52,6 +52,18 @@ fn check_hidden_states(model: &dyn CausalLm, ids: &Tensor, golden: &std::collect
         check(format!("hidden.{}", index + 1), &hidden);
     }
     check("hidden.final".to_string(), &model.final_norm(&hidden).unwrap());
+}
+
+/// f16 keys and values have 11 bits of their own.
+#[test]
+fn a_cache_in_16_bits_moves_logits_by_no_more_than_its_rounding() {
+    for name in MODELS {
+        let model = load_model(name, Precision::F32).model;
+        let prompt = ids(&json(format!("golden/{name}/golden.json"))["prompts"][4]["ids"]);
+        let error = relative_error(&logits(model.as_ref(), &prompt), &f32_logits(model.as_ref(), &prompt));
+        println!("{name}: {error}");
+        assert!(error > 0.0 && error <= 1e-3, "{name}: {error}");
+    }
 }
 
 fn greedy(model: &dyn CausalLm, prompt: &[u32], max_new_tokens: usize) -> Vec<u32> {
@@ -143,7 +155,7 @@ fn every_variant_of_the_architectures_equals_the_reference() {
         let model = load_model(&folder, Precision::F32).model;
         let golden = tensors(format!("{folder}/expected.safetensors"));
         let input_ids = golden["input_ids"].to_dtype(candle_core::DType::U32).unwrap();
-        let found = model.forward(&input_ids, &mut KvCache::new(model.num_layers())).unwrap();
+        let found = model.forward(&input_ids, &mut f32_cache(model.as_ref())).unwrap();
         let error = relative_error(&found, &golden["logits"]);
         assert!(error <= TOLERANCE, "{name}: {error}");
         check_hidden_states(model.as_ref(), &input_ids.get(0).unwrap(), &golden);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use int8_models::{
-    Component, Footprint, Int8Options, KvCache, LongestContext, ModelFolder, Precision, ReadSeek, Result,
+    CacheDtype, Component, Footprint, Int8Options, KvCache, LongestContext, ModelFolder, Precision, ReadSeek, Result,
     TensorHeaders, WeightFiles, published, published_names,
 };
 use support::*;
@@ -154,10 +154,10 @@ fn published_models_have_the_published_footprints() {
 #[test]
 fn the_cache_takes_what_attention_keeps() {
     let bloom = published_footprint("bigscience/bloom-7b1");
-    assert_eq!(bloom.kv_cache(1000), 1000 * KvCache::bytes_per_token(30, 4096) as u64);
+    assert_eq!(bloom.kv_cache(1000), 1000 * KvCache::bytes_per_token(30, 4096, CacheDtype::F16) as u64);
     assert_eq!(bloom.longest_context(), LongestContext::Trained(2048));
     let opt = published_footprint("facebook/opt-350m");
-    assert_eq!(opt.kv_cache(10), 10 * KvCache::bytes_per_token(24, 1024) as u64);
+    assert_eq!(opt.kv_cache(10), 10 * KvCache::bytes_per_token(24, 1024, CacheDtype::F16) as u64);
     assert_eq!(opt.longest_context(), LongestContext::Positions(2048));
     // A config that says what the model was trained on.
     assert_eq!(footprint(&model("tiny-bloom")).longest_context(), LongestContext::Trained(256));

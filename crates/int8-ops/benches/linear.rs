@@ -6,9 +6,9 @@
 use std::hint::black_box;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{Linear, Module};
+use candle_nn::Module;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use int8_ops::{HalfLinear, Int8Linear, Int8Matrix, OUTLIER_THRESHOLD};
+use int8_ops::{FloatLinear, Int8Linear, Int8Matrix, OUTLIER_THRESHOLD};
 
 fn activations(tokens: usize, width: usize) -> Result<Tensor> {
     let mut values = Tensor::randn(0f32, 1.0, (tokens, width), &Device::Cpu)?.clamp(-5.0, 5.0)?.to_vec2::<f32>()?;
@@ -23,9 +23,9 @@ fn linear(criterion: &mut Criterion) -> Result<()> {
         let layers: [(&str, Box<dyn Module>); 5] = [
             ("int8", Box::new(Int8Linear::new(matrix.clone(), None, Some(OUTLIER_THRESHOLD))?)),
             ("int8-no-outliers", Box::new(Int8Linear::new(matrix, None, None)?)),
-            ("f16", Box::new(HalfLinear::new(weight.to_dtype(DType::F16)?, None)?)),
-            ("bf16", Box::new(HalfLinear::new(weight.to_dtype(DType::BF16)?, None)?)),
-            ("f32", Box::new(Linear::new(weight, None))),
+            ("f16", Box::new(FloatLinear::new(weight.to_dtype(DType::F16)?, None)?)),
+            ("bf16", Box::new(FloatLinear::new(weight.to_dtype(DType::BF16)?, None)?)),
+            ("f32", Box::new(FloatLinear::new(weight, None)?)),
         ];
         for tokens in [1, 128] {
             let x = activations(tokens, width)?;

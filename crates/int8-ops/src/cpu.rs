@@ -4,16 +4,20 @@
 //! codes and integer sums are the same bit for bit in all of them.
 
 mod activations;
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
+mod elementwise;
+mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 mod product;
+mod team;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiles;
 
@@ -24,7 +28,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 pub(crate) use activations::{Activations, Values};
-pub(crate) use product::{OutputColumns, half_product, int8_product};
+pub use attention::RunningSoftmax;
+pub(crate) use attention::{Cached, KEYS_PER_BLOCK, LANES, Queries, attend, padded};
+pub use product::Finish;
+pub(crate) use product::{OutputColumns, float_product, int8_product};
 
 use crate::MAX_CODE;
 
@@ -45,12 +52,37 @@ pub struct Kernels {
     pub flag_outliers: fn(x: &[f32], threshold: f32, flags: &mut [u8]),
     /// `codes[i] = round_half_even(x[i] * inverse)`; the caller sees to it that codes are within ±127.
     pub quantize: fn(x: &[f32], inverse: f32, codes: &mut [i8]),
+    /// The sum of all codes.
+    pub sum_codes: fn(codes: &[i8]) -> i32,
     /// The integer sums of products of codes; see [`Int8Dots`].
     pub int8_dots: Int8Dots,
-    /// The sums of products of floats with an f16 weight; see [`HalfDots`].
-    pub f16_dots: HalfDots<f16>,
-    /// The sums of products of floats with a bf16 weight; see [`HalfDots`].
-    pub bf16_dots: HalfDots<bf16>,
+    /// What follows the integer sums of a token, (rows) to outputs (rows); see [`Finish`].
+    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [f32]),
+    /// A block of attention's scores (64), of which the first `seen` count, becomes weights
+    /// `exp(score + slope * key - max)`, keys counted from `first_key`; gives what the weights of earlier
+    /// blocks are to be multiplied by.
+    pub softmax_block:
+        fn(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32,
+    /// `out = (x - mean) / sqrt(variance + eps) * weight + bias` for one row.
+    pub layer_norm: fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]),
+    /// `x += other`.
+    pub add: fn(x: &mut [f32], other: &[f32]),
+    /// `x = max(x, 0)`.
+    pub relu: fn(x: &mut [f32]),
+    /// GELU in the form by tanh.
+    pub gelu: fn(x: &mut [f32]),
+    /// GELU in the exact form, by the error function.
+    pub gelu_erf: fn(x: &mut [f32]),
+    /// The sums of products of floats with an f32 weight; see [`FloatDots`].
+    pub f32_dots: FloatDots<f32>,
+    /// The sums of products of floats with an f16 weight; see [`FloatDots`].
+    pub f16_dots: FloatDots<f16>,
+    /// The sums of products of floats with a bf16 weight; see [`FloatDots`].
+    pub bf16_dots: FloatDots<bf16>,
+    /// A sum of outer products with f32 vectors; see [`OuterSum`].
+    pub f32_outer: OuterSum<f32>,
+    /// A sum of outer products with f16 vectors; see [`OuterSum`].
+    pub f16_outer: OuterSum<f16>,
 }
 
 /// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
@@ -59,7 +91,12 @@ pub type Int8Dots = fn(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usi
 
 /// `sums[t, r] = Σ_c x[t, c] * weight[r, c]`, summed in f32, for x (tokens, cols), a weight
 /// (rows, cols), and sums (tokens, rows).
-pub type HalfDots<T> = fn(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]);
+pub type FloatDots<T> = fn(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]);
+
+/// `sums[r, :] += Σ_k a[r, k] * b[k, :]` over the first `depth` k, in the order of k, for a (rows, ..) and
+/// sums (rows, width); the width is a multiple of 16. Lanes 16 v to 16 v + 15 of `b[k]` lie side by side
+/// from `k * strides[0] + v * strides[1]` on.
+pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2], sums: &mut [f32], width: usize);
 
 /// Every table this build has, the fastest first; `portable` is always last.
 static ALL: &[&Kernels] = &[
@@ -123,6 +160,17 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
         (kernels.quantize)(&lifted, MAX_CODE / (absmax * LIFT), codes);
     }
     absmax / MAX_CODE
+}
+
+/// Values that are worth the share of another thread.
+const VALUES_PER_PART: usize = 1 << 14;
+
+/// Calls `work(first, rows)` with runs of rows (.., width) of `values`, `first` the number of the first of
+/// them, from several threads where there are many.
+pub(crate) fn for_each_rows<T: Send>(values: &mut [T], width: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+    let rows = VALUES_PER_PART.div_ceil(width.max(1));
+    let parts = values.chunks_mut((rows * width).max(1)).enumerate().collect();
+    team::for_each(parts, |(part, values)| work(part * rows, values));
 }
 
 /// Float values of any of the dtypes that weights and activations come in.

@@ -11,21 +11,28 @@
 //! 6. The sum of both, plus the bias, is rounded once to the activations' dtype.
 //!
 //! [`int8_matmul`] does steps 2 to 6 as one Candle custom op; [`Int8Linear`] is that op as a layer.
-//! [`half_matmul`] multiplies float activations by a 16-bit weight without widening it in memory:
-//! the language-model head, and the 16-bit model that int8 is compared with.
+//! [`float_matmul`] multiplies float activations by a 16- or 32-bit weight without widening it in
+//! memory: the language-model head, and the models in float that int8 is compared with.
+//! [`attention()`], [`LayerNorm`], [`add`], [`relu`] and [`gelu`] are the rest of a block, in f32.
 //!
 //! Candle has no int8 dtype: codes are the bits of `i8` in a `U8` tensor. A scale is always the
 //! multiplier that turns a code back into a float, `absmax / 127`.
 
+mod attention;
 pub mod cpu;
-mod half;
+mod elementwise;
+mod float;
+mod layer_norm;
 mod linear;
 mod matmul;
 mod matrix;
 mod outliers;
 mod quantize;
 
-pub use half::{HalfLinear, half_matmul, half_matmul_with};
+pub use attention::{AttentionCache, attention, attention_with};
+pub use elementwise::{add, gelu, gelu_erf, relu};
+pub use float::{FloatLinear, float_matmul, float_matmul_with};
+pub use layer_norm::LayerNorm;
 pub use linear::{Int8Linear, Int8LinearGroup};
 pub use matmul::{WeightAndBias, int8_matmul, int8_matmul_with};
 pub use matrix::{Int8Matrix, SharedBytes, quantize_row};

@@ -1,6 +1,6 @@
 //! The LLM.int8() product as one Candle custom op.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
 use crate::matrix::Int8Matrix;
@@ -53,6 +53,23 @@ pub(crate) fn check_bias(bias: Option<&Tensor>, rows: usize) -> Result<()> {
     }
 }
 
+/// Calls `f` with the values of a bias, which is `F32`, where there is one.
+pub(crate) fn bias_values<R>(bias: Option<&Tensor>, f: impl FnOnce(Option<&[f32]>) -> Result<R>) -> Result<R> {
+    match bias {
+        Some(bias) => f32_values(bias, |values| f(Some(values))),
+        None => f(None),
+    }
+}
+
+/// Calls `f` with the values of a contiguous `F32` tensor on the CPU.
+pub(crate) fn f32_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => f(&values[start..end]),
+        _ => bail!("wanted contiguous F32 values on the CPU, found {tensor:?}"),
+    }
+}
+
 /// The op's parameters; the weights ride here because a Candle op takes at most three tensors.
 struct Int8Matmul {
     kernels: &'static Kernels,
@@ -74,11 +91,12 @@ impl CustomOp1 for Int8Matmul {
         for (weight, bias) in &self.weights {
             let columns = first..first + weight.dims().0;
             first = columns.end;
-            let bias = bias.as_ref().map(|bias| bias.to_vec1::<f32>()).transpose()?;
-            weight.with_slices(|codes, scales| {
-                let mut output = OutputColumns { matrix: &mut product, width, columns };
-                cpu::int8_product(self.kernels, &activations, codes, scales, bias.as_deref(), &mut output);
-                Ok(())
+            let mut output = OutputColumns { matrix: &mut product, width, columns };
+            bias_values(bias.as_ref(), |bias| {
+                weight.with_slices(|codes, scales| {
+                    cpu::int8_product(self.kernels, &activations, codes, scales, bias, &mut output);
+                    Ok(())
+                })
             })?;
         }
         let mut dims = layout.dims().to_vec();

@@ -17,7 +17,7 @@ pub fn outlier_columns(x: &Tensor, threshold: f32) -> Result<Vec<Vec<u32>>> {
     check_threshold(Some(threshold))?;
     let values = Values::read(x)?;
     let activations = Activations::quantize(Kernels::active(), &values, Some(threshold));
-    Ok(activations.sequences.into_iter().map(|sequence| sequence.columns).collect())
+    Ok(activations.sequences)
 }
 
 /// An error unless the threshold, if there is one, is above 0.

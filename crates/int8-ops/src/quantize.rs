@@ -53,7 +53,7 @@ pub fn quantize_activations(x: &Tensor, threshold: Option<f32>) -> Result<Int8Ma
     check_threshold(threshold)?;
     let values = Values::read(x)?;
     let Activations { codes, scales, .. } = Activations::quantize(Kernels::active(), &values, threshold);
-    Int8Matrix::from_vecs(codes, scales, values.cols)
+    Int8Matrix::from_vecs(codes.to_vec(), scales, values.cols)
 }
 
 /// Codes that use the whole int8 range of an asymmetric distribution: `(code - zero_point) * scale`

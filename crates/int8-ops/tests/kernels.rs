@@ -29,7 +29,7 @@ fn int8_case() -> impl Strategy<Value = (usize, Vec<i8>, Vec<i8>)> {
         .prop_flat_map(|(tokens, rows, cols)| (Just(cols), codes(-127, tokens * cols), codes(-128, rows * cols)))
 }
 
-fn half_case() -> impl Strategy<Value = (usize, Vec<f32>, Vec<f32>)> {
+fn float_case() -> impl Strategy<Value = (usize, Vec<f32>, Vec<f32>)> {
     let values = |len| prop::collection::vec(-4f32..4.0, len);
     (1..10usize, 1..10usize, cols())
         .prop_flat_map(move |(tokens, rows, cols)| (Just(cols), values(tokens * cols), values(rows * cols)))
@@ -77,22 +77,24 @@ proptest! {
     }
 
     #[test]
-    fn sums_with_16_bit_weights_are_right_to_rounding((cols, x, weight) in half_case()) {
+    fn sums_with_float_weights_are_right_to_rounding((cols, x, weight) in float_case()) {
         let f16s: Vec<f16> = weight.iter().map(|&w| f16::from_f32(w)).collect();
         let bf16s: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
         let rows = weight.len() / cols;
         let mut sums = vec![f32::NAN; x.len() / cols * rows];
         for kernels in Kernels::available() {
+            (kernels.f32_dots)(&x, &weight, cols, &mut sums);
+            check_float(kernels.name, &x, &weight.iter().map(|&w| f64::from(w)).collect::<Vec<_>>(), cols, &sums)?;
             (kernels.f16_dots)(&x, &f16s, cols, &mut sums);
-            check_half(kernels.name, &x, &f16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
+            check_float(kernels.name, &x, &f16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
             (kernels.bf16_dots)(&x, &bf16s, cols, &mut sums);
-            check_half(kernels.name, &x, &bf16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
+            check_float(kernels.name, &x, &bf16s.iter().map(|w| w.to_f64()).collect::<Vec<_>>(), cols, &sums)?;
         }
     }
 }
 
 /// Sums in f32 lie within the rounding of their terms of the sum in f64.
-fn check_half(name: &str, x: &[f32], weight: &[f64], cols: usize, sums: &[f32]) -> Result<(), TestCaseError> {
+fn check_float(name: &str, x: &[f32], weight: &[f64], cols: usize, sums: &[f32]) -> Result<(), TestCaseError> {
     let pairs = x.chunks(cols).flat_map(|x| weight.chunks(cols).map(move |weight| (x, weight)));
     for ((x, weight), &sum) in pairs.zip(sums) {
         let terms = x.iter().zip(weight).map(|(&x, &weight)| f64::from(x) * weight);

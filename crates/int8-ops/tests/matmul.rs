@@ -5,7 +5,7 @@ use candle_nn::Module;
 use half::f16;
 use int8_ops::cpu::Kernels;
 use int8_ops::{
-    HalfLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, half_matmul_with, int8_matmul,
+    FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, float_matmul_with, int8_matmul,
     int8_matmul_with, outlier_columns, quantize_activations,
 };
 use proptest::prelude::*;
@@ -101,17 +101,17 @@ proptest! {
     }
 
     #[test]
-    fn the_16_bit_product_is_right_to_rounding((x, weight, bias) in case()) {
+    fn the_float_product_is_right_to_rounding((x, weight, bias) in case()) {
         let x = x.into_iter().map(|row| row.into_iter().map(|v| v.clamp(-9.0, 9.0)).collect()).collect::<Rows>();
         let weight = tensor(&weight);
         let bias = Tensor::new(bias, &Device::Cpu).unwrap();
-        for dtype in [DType::F16, DType::BF16] {
-            let half = weight.to_dtype(dtype).unwrap();
-            let wide = half.to_dtype(DType::F64).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let narrow = weight.to_dtype(dtype).unwrap();
+            let wide = narrow.to_dtype(DType::F64).unwrap();
             let wanted = tensor(&x).to_dtype(DType::F64).unwrap().matmul(&wide.t().unwrap()).unwrap();
             let wanted = wanted.broadcast_add(&bias.to_dtype(DType::F64).unwrap()).unwrap().to_vec2::<f64>().unwrap();
             for kernels in Kernels::available() {
-                let y = half_matmul_with(kernels, &tensor(&x), &half, Some(&bias)).unwrap().to_vec2::<f32>().unwrap();
+                let y = float_matmul_with(kernels, &tensor(&x), &narrow, Some(&bias)).unwrap().to_vec2::<f32>().unwrap();
                 for (y, wanted) in y.iter().flatten().zip(wanted.iter().flatten()) {
                     prop_assert!((f64::from(*y) - wanted).abs() < 1e-4, "{}: {} for {}", kernels.name, y, wanted);
                 }
@@ -234,7 +234,7 @@ fn shapes_that_do_not_fit_are_refused_with_both_shapes() -> Result<()> {
     assert!(int8_matmul(&small_values(2, 40)?, &weight, None, Some(0.0)).is_err());
     let integers = Tensor::zeros((2, 40), DType::U32, &Device::Cpu)?;
     assert!(int8_matmul(&integers, &weight, None, None).is_err());
-    let half = HalfLinear::new(small_values(30, 40)?, None)?;
-    assert!(half.forward(&small_values(2, 40)?).is_err(), "the 16-bit product takes no f32 weight");
+    let codes = FloatLinear::new(small_values(30, 40)?.to_dtype(DType::U8)?, None)?;
+    assert!(codes.forward(&small_values(2, 40)?).is_err(), "the float product takes no integer weight");
     Ok(())
 }

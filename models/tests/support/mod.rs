@@ -11,7 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use int8_models::{CausalLm, Int8Options, KvCache, LoadOptions, Loaded, ModelFolder, Precision, TextCodec, load};
+use int8_models::{
+    CacheDtype, CausalLm, Int8Options, KvCache, LoadOptions, Loaded, ModelFolder, Precision, TextCodec, load,
+};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -55,8 +57,22 @@ pub fn text_codec(name: &str) -> TextCodec {
 
 /// Logits (tokens, vocabulary) of one prompt.
 pub fn logits(model: &dyn CausalLm, ids: &[u32]) -> Tensor {
+    logits_with(model, ids, KvCache::new(model.num_layers()))
+}
+
+/// Logits (tokens, vocabulary) of one prompt in f32 throughout, keys and values too.
+pub fn f32_logits(model: &dyn CausalLm, ids: &[u32]) -> Tensor {
+    logits_with(model, ids, f32_cache(model))
+}
+
+/// A cache that keeps keys and values as they were computed.
+pub fn f32_cache(model: &dyn CausalLm) -> KvCache {
+    KvCache::with_dtype(model.num_layers(), CacheDtype::F32)
+}
+
+fn logits_with(model: &dyn CausalLm, ids: &[u32], mut cache: KvCache) -> Tensor {
     let tokens = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    model.forward(&tokens, &mut KvCache::new(model.num_layers())).unwrap().squeeze(0).unwrap()
+    model.forward(&tokens, &mut cache).unwrap().squeeze(0).unwrap()
 }
 
 /// The largest difference, as a share of the largest magnitude that is wanted.

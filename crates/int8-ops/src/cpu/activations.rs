@@ -1,14 +1,11 @@
 //! Activations on their way into the int8 product: outlier columns apart, the rest as codes.
 
 use std::borrow::Cow;
+use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{FloatSlice, Kernels, quantize_row};
-
-/// Values below which the rows of activations are not worth sharing among threads.
-const MIN_PARALLEL_VALUES: usize = 1 << 15;
+use super::{FloatSlice, Kernels, VALUES_PER_PART, quantize_row, team};
 
 /// Float activations of a batch: `sequences` of `tokens` rows of `cols` values.
 pub(crate) struct Values<'a> {
@@ -55,26 +52,51 @@ fn tokens_and_cols(dims: &[usize]) -> Result<(usize, usize)> {
     }
 }
 
+/// Codes that begin on a cache line, so that vectors of them do not lie across two.
+pub(crate) struct Codes {
+    buffer: Vec<i8>,
+    range: Range<usize>,
+}
+
+impl Codes {
+    fn zeros(len: usize) -> Self {
+        const LINE: usize = 64;
+        let buffer = vec![0i8; len + LINE];
+        let start = buffer.as_ptr().align_offset(LINE).min(LINE);
+        Self { buffer, range: start..start + len }
+    }
+}
+
+impl Deref for Codes {
+    type Target = [i8];
+
+    fn deref(&self) -> &[i8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+impl DerefMut for Codes {
+    fn deref_mut(&mut self) -> &mut [i8] {
+        &mut self.buffer[self.range.clone()]
+    }
+}
+
 /// Activations ready for the int8 product.
 pub(crate) struct Activations {
     /// (rows, cols): the codes of every token of every sequence, outlier columns zero.
-    pub(crate) codes: Vec<i8>,
+    pub(crate) codes: Codes,
     /// (rows): what turns a token's codes back into floats.
     pub(crate) scales: Vec<f32>,
     /// (rows): the sum of each token's codes.
     pub(crate) code_sums: Vec<i32>,
-    /// Tokens in each sequence.
-    pub(crate) tokens: usize,
     pub(crate) cols: usize,
-    pub(crate) sequences: Vec<Outliers>,
-}
-
-/// The part of one sequence that stays in float.
-pub(crate) struct Outliers {
-    /// The outlier columns, ascending.
-    pub(crate) columns: Vec<u32>,
-    /// (tokens, columns): the sequence's values in those columns.
-    pub(crate) values: Vec<f32>,
+    /// The outlier columns of each sequence, ascending.
+    pub(crate) sequences: Vec<Vec<u32>>,
+    /// The outlier columns of any sequence, ascending.
+    pub(crate) outliers: Vec<u32>,
+    /// (rows, outliers): what stays in float, 0 where a column is no outlier of the token's sequence. A
+    /// zero changes no sum's bits, so what shares a batch with a sequence never changes its result.
+    pub(crate) outlier_values: Vec<f32>,
 }
 
 impl Activations {
@@ -83,57 +105,61 @@ impl Activations {
     pub(crate) fn quantize(kernels: &Kernels, x: &Values, threshold: Option<f32>) -> Self {
         let (tokens, cols) = (x.tokens, x.cols);
         let rows = x.values.len().checked_div(cols).unwrap_or_default();
-        let mut codes = vec![0i8; rows * cols];
+        let mut codes = Codes::zeros(rows * cols);
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];
-        let mut sequences = Vec::new();
-        for start in (0..rows).step_by(tokens.max(1)) {
-            let values = &x.values[start * cols..][..tokens * cols];
-            let outliers = Outliers::of(kernels, values, cols, threshold);
-            let quantize = |values: &[f32], codes: &mut [i8], scale: &mut f32, sum: &mut i32| {
+        let sequences: Vec<Vec<u32>> = (0..rows)
+            .step_by(tokens.max(1))
+            .map(|start| outlier_columns(kernels, &x.values[start * cols..][..tokens * cols], cols, threshold))
+            .collect();
+        let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
+        let parts = codes.chunks_mut((rows_per_part * cols).max(1)).zip(scales.chunks_mut(rows_per_part));
+        let parts = parts.zip(code_sums.chunks_mut(rows_per_part)).enumerate().collect();
+        team::for_each(parts, |(part, ((codes, scales), code_sums))| {
+            for (index, codes) in codes.chunks_mut(cols).enumerate() {
+                let row = part * rows_per_part + index;
+                let values = &x.values[row * cols..][..cols];
                 let absmax = (kernels.absmax)(values, threshold);
-                *scale = quantize_row(kernels, values, absmax, codes);
-                for &column in &outliers.columns {
+                scales[index] = quantize_row(kernels, values, absmax, codes);
+                for &column in &sequences[row / tokens] {
                     codes[column as usize] = 0;
                 }
-                *sum = codes.iter().map(|&code| i32::from(code)).sum();
-            };
-            let codes = &mut codes[start * cols..][..tokens * cols];
-            let scales = &mut scales[start..][..tokens];
-            let code_sums = &mut code_sums[start..][..tokens];
-            let rows = (values.par_chunks(cols), codes.par_chunks_mut(cols), scales, code_sums);
-            rows.into_par_iter()
-                .with_min_len(MIN_PARALLEL_VALUES.div_ceil(cols))
-                .for_each(|(values, codes, scale, sum)| quantize(values, codes, scale, sum));
-            sequences.push(outliers);
+                code_sums[index] = (kernels.sum_codes)(codes);
+            }
+        });
+        let mut outliers = sequences.concat();
+        outliers.sort_unstable();
+        outliers.dedup();
+        let mut outlier_values = vec![0f32; rows * outliers.len()];
+        if !outliers.is_empty() {
+            for (row, (values, kept)) in
+                x.values.chunks(cols).zip(outlier_values.chunks_mut(outliers.len())).enumerate()
+            {
+                for &column in &sequences[row / tokens] {
+                    if let Ok(index) = outliers.binary_search(&column) {
+                        kept[index] = values[column as usize];
+                    }
+                }
+            }
         }
-        Self { codes, scales, code_sums, tokens, cols, sequences }
+        Self { codes, scales, code_sums, cols, sequences, outliers, outlier_values }
     }
 }
 
-impl Outliers {
-    /// Of one sequence's values (tokens, cols).
-    fn of(kernels: &Kernels, values: &[f32], cols: usize, threshold: Option<f32>) -> Self {
-        let Some(threshold) = threshold else {
-            return Self { columns: Vec::new(), values: Vec::new() };
-        };
-        let flags = values
-            .par_chunks(cols)
-            .with_min_len(MIN_PARALLEL_VALUES.div_ceil(cols))
-            .fold(
-                || vec![0u8; cols],
-                |mut flags, row| {
-                    (kernels.flag_outliers)(row, threshold, &mut flags);
-                    flags
-                },
-            )
-            .reduce_with(|mut flags, others| {
-                flags.iter_mut().zip(others).for_each(|(flag, other)| *flag |= other);
-                flags
-            })
-            .unwrap_or_default();
-        let columns: Vec<u32> = (0..).zip(flags).filter_map(|(column, flag)| (flag != 0).then_some(column)).collect();
-        let values = values.chunks(cols).flat_map(|row| columns.iter().map(|&column| row[column as usize])).collect();
-        Self { columns, values }
+/// The outlier columns of one sequence's values (tokens, cols), ascending.
+fn outlier_columns(kernels: &Kernels, values: &[f32], cols: usize, threshold: Option<f32>) -> Vec<u32> {
+    let Some(threshold) = threshold else {
+        return Vec::new();
+    };
+    let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
+    let mut flags = vec![0u8; values.len().div_ceil((rows_per_part * cols).max(1)).max(1) * cols];
+    let parts = values.chunks((rows_per_part * cols).max(1)).zip(flags.chunks_mut(cols)).collect();
+    team::for_each(parts, |(values, flags): (&[f32], &mut [u8])| {
+        values.chunks(cols).for_each(|row| (kernels.flag_outliers)(row, threshold, flags));
+    });
+    let (all, parts) = flags.split_at_mut(cols);
+    for part in parts.chunks(cols) {
+        all.iter_mut().zip(part).for_each(|(flag, other)| *flag |= other);
     }
+    (0..).zip(all).filter_map(|(column, flag)| (*flag != 0).then_some(column)).collect()
 }

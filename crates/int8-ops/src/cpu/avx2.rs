@@ -4,8 +4,11 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::tiles::{for_each_tile, half_tail, int8_tail};
-use super::{Kernels, portable};
+use super::Kernels;
+use super::elementwise::elementwise_kernels;
+use super::tiles::{float_tail, for_each_tile, int8_tail};
+
+elementwise_kernels!("avx2,fma,f16c");
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
 // in it needs.
@@ -15,36 +18,18 @@ pub(super) const KERNELS: Kernels = Kernels {
     is_supported: || {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
     },
-    absmax: |x, threshold| unsafe { absmax(x, threshold) },
-    flag_outliers: |x, threshold, flags| unsafe { flag_outliers(x, threshold, flags) },
-    quantize: |x, inverse, codes| unsafe { quantize(x, inverse, codes) },
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
-    f16_dots: |x, weight, cols, sums| unsafe { half_dots::<f16>(x, weight, cols, sums) },
-    bf16_dots: |x, weight, cols, sums| unsafe { half_dots::<bf16>(x, weight, cols, sums) },
+    f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
+    f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
+    bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
+    f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
+    f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
+    ..elementwise::KERNELS
 };
 
 #[target_feature(enable = "avx2")]
-fn absmax(x: &[f32], threshold: Option<f32>) -> f32 {
-    portable::absmax(x, threshold)
-}
-
-#[target_feature(enable = "avx2")]
-fn flag_outliers(x: &[f32], threshold: f32, flags: &mut [u8]) {
-    portable::flag_outliers(x, threshold, flags)
-}
-
-#[target_feature(enable = "avx2")]
-fn quantize(x: &[f32], inverse: f32, codes: &mut [i8]) {
-    portable::quantize(x, inverse, codes)
-}
-
-/// Tokens and weight rows of a tile: what 16 registers hold beside the operands.
-const TOKENS: usize = 2;
-const ROWS: usize = 4;
-
-#[target_feature(enable = "avx2")]
 fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
+    for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.
@@ -92,11 +77,20 @@ pub(super) fn add_lanes(x: __m256i) -> i32 {
     _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32::<0b10_11_00_01>(x)))
 }
 
-/// A 16-bit float that 8 of are loaded and widened at a time.
+/// A float that 8 of are loaded, and widened where they are narrow, at a time.
 trait Widen: Copy + Into<f32> {
     /// # Safety
     /// 8 values must be readable.
     unsafe fn load(values: *const Self) -> __m256;
+}
+
+impl Widen for f32 {
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn load(values: *const Self) -> __m256 {
+        // SAFETY: the caller vouches for 8 values.
+        unsafe { _mm256_loadu_ps(values) }
+    }
 }
 
 impl Widen for f16 {
@@ -119,15 +113,15 @@ impl Widen for bf16 {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn half_dots<H: Widen>(x: &[f32], weight: &[H], cols: usize, sums: &mut [f32]) {
-    for_each_tile!(half_tile::<TOKENS, ROWS, H>(x, weight, cols, sums));
+fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) {
+    for_each_tile!(float_tile::<2, 4, W>(x, weight, cols, sums));
 }
 
 /// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn half_tile<const T: usize, const R: usize, H: Widen>(
+fn float_tile<const T: usize, const R: usize, W: Widen>(
     x: &[f32],
-    weight: &[H],
+    weight: &[W],
     cols: usize,
     sums: &mut [f32],
     stride: usize,
@@ -140,7 +134,7 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
         let x: [__m256; T] = std::array::from_fn(|t| unsafe { _mm256_loadu_ps(x.as_ptr().add(t * cols + col)) });
         for r in 0..R {
             // SAFETY: as above.
-            let weight = unsafe { H::load(weight.as_ptr().add(r * cols + col)) };
+            let weight = unsafe { W::load(weight.as_ptr().add(r * cols + col)) };
             for t in 0..T {
                 acc[t][r] = _mm256_fmadd_ps(x[t], weight, acc[t][r]);
             }
@@ -148,11 +142,64 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = half_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
+            let tail = float_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             let acc = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
             let acc = _mm_add_ps(acc, _mm_movehl_ps(acc, acc));
             let acc = _mm_add_ss(acc, _mm_shuffle_ps::<0b01>(acc, acc));
             sums[t * stride + r] = _mm_cvtss_f32(acc) + tail;
         }
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn outer_sum<W: Widen>(a: &[f32], depth: usize, b: &[W], strides: [usize; 2], sums: &mut [f32], width: usize) {
+    let rows = sums.len() / width;
+    let stride = a.len() / rows;
+    for lane in (0..width).step_by(16) {
+        let b = &b[lane / 16 * strides[1]..];
+        let mut row = 0;
+        while row < rows {
+            let (a, sums) = (&a[row * stride..], &mut sums[row * width + lane..]);
+            row += match rows - row {
+                1 => outer_tile::<1, W>(a, stride, depth, b, strides[0], sums, width),
+                2 | 3 => outer_tile::<2, W>(a, stride, depth, b, strides[0], sums, width),
+                4 | 5 => outer_tile::<4, W>(a, stride, depth, b, strides[0], sums, width),
+                _ => outer_tile::<6, W>(a, stride, depth, b, strides[0], sums, width),
+            };
+        }
+    }
+}
+
+/// R rows by 16 lanes of [`OuterSum`](super::OuterSum); gives R.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn outer_tile<const R: usize, W: Widen>(
+    a: &[f32],
+    stride: usize,
+    depth: usize,
+    b: &[W],
+    step: usize,
+    sums: &mut [f32],
+    width: usize,
+) -> usize {
+    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + 16);
+    assert!(b.len() >= (depth - 1) * step + 16);
+    // SAFETY (of all loads and stores): rows r < R and 16 lanes lie in the slices (asserted above).
+    let mut acc: [[__m256; 2]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums.as_ptr().add(r * width + v * 8)) })
+    });
+    for k in 0..depth {
+        let vectors: [__m256; 2] = std::array::from_fn(|v| unsafe { W::load(b.as_ptr().add(k * step + v * 8)) });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let a = _mm256_set1_ps(unsafe { *a.as_ptr().add(r * stride + k) });
+            for (acc, vector) in acc.iter_mut().zip(vectors) {
+                *acc = _mm256_fmadd_ps(a, vector, *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(r * width + v * 8), acc) };
+        }
+    }
+    R
 }

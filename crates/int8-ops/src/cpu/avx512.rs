@@ -1,11 +1,16 @@
 //! AVX-512 with VNNI: 64 products of codes, or 16 of floats, an instruction.
 
+mod panels;
+
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::tiles::{for_each_tile, take_off_offset};
-use super::{Kernels, portable};
+use super::Kernels;
+use super::elementwise::elementwise_kernels;
+use super::tiles::for_each_tile;
+
+elementwise_kernels!("avx512f,avx512bw,avx512vl,avx512dq");
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
 // in it needs.
@@ -19,86 +24,158 @@ pub(super) const KERNELS: Kernels = Kernels {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vnni")
     },
-    absmax: |x, threshold| unsafe { absmax(x, threshold) },
-    flag_outliers: |x, threshold, flags| unsafe { flag_outliers(x, threshold, flags) },
-    quantize: |x, inverse, codes| unsafe { quantize(x, inverse, codes) },
     int8_dots: |codes, code_sums, weight, cols, sums| unsafe { int8_dots(codes, code_sums, weight, cols, sums) },
-    f16_dots: |x, weight, cols, sums| unsafe { half_dots::<f16>(x, weight, cols, sums) },
-    bf16_dots: |x, weight, cols, sums| unsafe { half_dots::<bf16>(x, weight, cols, sums) },
+    f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
+    f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
+    bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
+    f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
+    f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
+    ..elementwise::KERNELS
 };
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn absmax(x: &[f32], threshold: Option<f32>) -> f32 {
-    portable::absmax(x, threshold)
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn flag_outliers(x: &[f32], threshold: f32, flags: &mut [u8]) {
-    portable::flag_outliers(x, threshold, flags)
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn quantize(x: &[f32], inverse: f32, codes: &mut [i8]) {
-    portable::quantize(x, inverse, codes)
-}
-
-/// Tokens and weight rows of a tile: 16 sums in registers, enough to hide the latency of a sum, with
-/// 8 loads for 16 products.
-const TOKENS: usize = 4;
-const ROWS: usize = 4;
+/// Tokens from which it pays to pack the weight into panels.
+const MANY_TOKENS: usize = 12;
 
 /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its sign bit
 /// flipped) and `128 * Σ codes` is taken off every sum.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
-    take_off_offset(code_sums, weight.len() / cols, sums);
+    if code_sums.len() >= MANY_TOKENS {
+        return panels::int8_dots(codes, code_sums, weight, cols, sums);
+    }
+    let rows = weight.len() / cols;
+    for row in (0..rows).step_by(ROWS) {
+        let weight = &weight[row * cols..(row + ROWS).min(rows) * cols];
+        let mut token = 0;
+        while token < code_sums.len() {
+            let (codes, sums) = (&codes[token * cols..], &mut sums[token * rows + row..]);
+            token += match code_sums.len() - token {
+                1 => int8_tile::<1, 4>(codes, weight, cols, sums, rows),
+                2 | 3 => int8_tile::<2, 2>(codes, weight, cols, sums, rows),
+                4..8 => int8_tile::<4, 1>(codes, weight, cols, sums, rows),
+                _ => int8_tile::<8, 1>(codes, weight, cols, sums, rows),
+            };
+        }
+    }
+    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
+        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
+    }
 }
 
-/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.
+/// Weight rows whose sums are gathered across a register together.
+const ROWS: usize = 4;
+/// How far ahead of its use a weight is brought to the second cache, in bytes.
+const AHEAD: usize = 4096;
+
+/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows; gives T.
+///
+/// Rows are read one after the other, as memory likes it best. U sums a token, of every Uth vector,
+/// hide the latency of a sum where there are few tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_tile<const T: usize, const R: usize>(
+fn int8_tile<const T: usize, const U: usize>(
     codes: &[i8],
     weight: &[i8],
     cols: usize,
     sums: &mut [i32],
     stride: usize,
-) {
-    assert!(codes.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
+) -> usize {
+    let rows = weight.len() / cols;
+    assert!(rows <= ROWS && codes.len() >= T * cols && sums.len() >= (T - 1) * stride + rows);
     let flip = _mm512_set1_epi8(i8::MIN);
-    let mut acc = [[_mm512_setzero_si512(); R]; T];
-    for col in (0..cols).step_by(64) {
-        let mask = if cols - col >= 64 { u64::MAX } else { (1 << (cols - col)) - 1 };
-        // SAFETY: rows t < T and r < R lie in the slices (asserted above), the mask keeps to the row.
-        let load =
-            |values: &[i8], row: usize| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr().add(row * cols + col)) };
-        // Where the mask is off a code is zero, so that a flipped weight counts for nothing there.
-        let weights: [__m512i; R] = std::array::from_fn(|r| _mm512_xor_si512(load(weight, r), flip));
-        for (t, acc) in acc.iter_mut().enumerate() {
-            let codes = load(codes, t);
-            for (acc, weight) in acc.iter_mut().zip(weights) {
-                *acc = _mm512_dpbusd_epi32(*acc, weight, codes);
+    let mut row_sums = [[_mm512_setzero_si512(); ROWS]; T];
+    let (unrolled, whole) = (cols / (64 * U) * (64 * U), cols / 64 * 64);
+    let mask = (1 << (cols - whole)) - 1;
+    for (row, weight) in weight.chunks(cols).enumerate() {
+        let mut acc = [[_mm512_setzero_si512(); U]; T];
+        let mut add = |u: usize, col: usize| {
+            _mm_prefetch::<_MM_HINT_T1>(weight.as_ptr().wrapping_add(col + AHEAD));
+            // SAFETY: 64 columns of the row and of token t < T lie in the slices (asserted above).
+            let load = |values: &[i8], at: usize| unsafe { _mm512_loadu_epi8(values.as_ptr().add(at)) };
+            let weight = _mm512_xor_si512(load(weight, col), flip);
+            for (t, acc) in acc.iter_mut().enumerate() {
+                acc[u] = _mm512_dpbusd_epi32(acc[u], weight, load(codes, t * cols + col));
+            }
+        };
+        for col in (0..unrolled).step_by(64 * U) {
+            for u in 0..U {
+                add(u, col + 64 * u);
             }
         }
-    }
-    for (t, acc) in acc.into_iter().enumerate() {
-        for (r, acc) in acc.into_iter().enumerate() {
-            sums[t * stride + r] = _mm512_reduce_add_epi32(acc);
+        for col in (unrolled..whole).step_by(64) {
+            add(0, col);
+        }
+        if mask != 0 {
+            // SAFETY: as above, and the mask keeps to the row. Where it is off a code is zero, so that a
+            // flipped weight counts for nothing there.
+            let load = |values: &[i8], at: usize| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr().add(at)) };
+            let weight = _mm512_xor_si512(load(weight, whole), flip);
+            for (t, acc) in acc.iter_mut().enumerate() {
+                acc[0] = _mm512_dpbusd_epi32(acc[0], weight, load(codes, t * cols + whole));
+            }
+        }
+        for (row_sums, acc) in row_sums.iter_mut().zip(acc) {
+            row_sums[row] = acc.into_iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc));
         }
     }
+    for (t, row_sums) in row_sums.into_iter().enumerate() {
+        sums[t * stride..][..rows].copy_from_slice(&add_lanes(row_sums)[..rows]);
+    }
+    T
 }
 
-/// A 16-bit float that 16 of are loaded and widened at a time.
+/// The sums over the 16 lanes of each of four vectors.
+#[target_feature(enable = "avx512f")]
+fn add_lanes([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
+    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    // Every quarter holds a sum of four lanes of a, b, c and d.
+    let quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    let halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64::<1>(quarters));
+    let sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+    let mut out = [0; 4];
+    // SAFETY: four sums of 32 bits fit.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+    out
+}
+
+/// A float that 16 of are loaded, and widened where they are narrow, at a time.
 trait Widen: Copy {
     /// # Safety
+    /// 16 values must be readable.
+    unsafe fn load(values: *const Self) -> __m512;
+
+    /// # Safety
     /// `values` must be readable where `mask` is set.
-    unsafe fn load(values: *const Self, mask: u16) -> __m512;
+    unsafe fn load_masked(values: *const Self, mask: u16) -> __m512;
+}
+
+impl Widen for f32 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(values: *const Self) -> __m512 {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { _mm512_loadu_ps(values) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_masked(values: *const Self, mask: u16) -> __m512 {
+        // SAFETY: the caller vouches for the memory under the mask.
+        unsafe { _mm512_maskz_loadu_ps(mask, values) }
+    }
 }
 
 impl Widen for f16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(values: *const Self, mask: u16) -> __m512 {
+    unsafe fn load(values: *const Self) -> __m512 {
+        // SAFETY: f16 is 16 bits; the caller vouches for the memory.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(values.cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_masked(values: *const Self, mask: u16) -> __m512 {
         // SAFETY: f16 is 16 bits; the caller vouches for the memory under the mask.
         _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, values.cast()) })
     }
@@ -107,7 +184,15 @@ impl Widen for f16 {
 impl Widen for bf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(values: *const Self, mask: u16) -> __m512 {
+    unsafe fn load(values: *const Self) -> __m512 {
+        // SAFETY: bf16 is 16 bits; the caller vouches for the memory.
+        let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(values.cast()) });
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load_masked(values: *const Self, mask: u16) -> __m512 {
         // SAFETY: bf16 is 16 bits; the caller vouches for the memory under the mask.
         let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(mask, values.cast()) });
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
@@ -115,30 +200,42 @@ impl Widen for bf16 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn half_dots<H: Widen>(x: &[f32], weight: &[H], cols: usize, sums: &mut [f32]) {
-    for_each_tile!(half_tile::<TOKENS, ROWS, H>(x, weight, cols, sums));
+fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) {
+    for_each_tile!(float_tile::<6, 4, W>(x, weight, cols, sums));
 }
 
 /// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn half_tile<const T: usize, const R: usize, H: Widen>(
+fn float_tile<const T: usize, const R: usize, W: Widen>(
     x: &[f32],
-    weight: &[H],
+    weight: &[W],
     cols: usize,
     sums: &mut [f32],
     stride: usize,
 ) {
     assert!(x.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
     let mut acc = [[_mm512_setzero_ps(); R]; T];
-    for col in (0..cols).step_by(16) {
-        let mask = if cols - col >= 16 { u16::MAX } else { (1 << (cols - col)) - 1 };
-        // SAFETY: rows r < R lie in the slice (asserted above), the mask keeps to the row.
-        let weights: [__m512; R] =
-            std::array::from_fn(|r| unsafe { H::load(weight.as_ptr().add(r * cols + col), mask) });
+    let whole = cols / 16 * 16;
+    for col in (0..whole).step_by(16) {
+        // SAFETY: rows r < R lie in the slice (asserted above), 16 columns in the row.
+        let weights: [__m512; R] = std::array::from_fn(|r| unsafe { W::load(weight.as_ptr().add(r * cols + col)) });
         for (t, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above for rows t < T.
-            let x = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(t * cols + col)) };
+            let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(t * cols + col)) };
             for (acc, weight) in acc.iter_mut().zip(weights) {
+                *acc = _mm512_fmadd_ps(x, weight, *acc);
+            }
+        }
+    }
+    if whole < cols {
+        let mask = (1 << (cols - whole)) - 1;
+        for (t, acc) in acc.iter_mut().enumerate() {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: as above, and the mask keeps to the row.
+                let (x, weight) = unsafe {
+                    let x = _mm512_maskz_loadu_ps(mask, x.as_ptr().add(t * cols + whole));
+                    (x, W::load_masked(weight.as_ptr().add(r * cols + whole), mask))
+                };
                 *acc = _mm512_fmadd_ps(x, weight, *acc);
             }
         }
@@ -148,4 +245,69 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
             sums[t * stride + r] = _mm512_reduce_add_ps(acc);
         }
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn outer_sum<W: Widen>(a: &[f32], depth: usize, b: &[W], strides: [usize; 2], sums: &mut [f32], width: usize) {
+    let rows = sums.len() / width;
+    let stride = a.len() / rows;
+    for row in (0..rows).step_by(6) {
+        let a = &a[row * stride..];
+        let mut lane = 0;
+        while lane < width {
+            let (b, sums) = (&b[lane / 16 * strides[1]..], &mut sums[row * width + lane..]);
+            macro_rules! tile {
+                ($rows:literal) => {
+                    if width - lane >= 64 {
+                        outer_tile::<$rows, 4, W>(a, stride, depth, b, strides, sums, width)
+                    } else {
+                        outer_tile::<$rows, 1, W>(a, stride, depth, b, strides, sums, width)
+                    }
+                };
+            }
+            lane += match rows - row {
+                1 => tile!(1),
+                2 => tile!(2),
+                3 => tile!(3),
+                4 => tile!(4),
+                5 => tile!(5),
+                _ => tile!(6),
+            };
+        }
+    }
+}
+
+/// R rows by V vectors of 16 lanes of [`OuterSum`](super::OuterSum); gives the number of lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn outer_tile<const R: usize, const V: usize, W: Widen>(
+    a: &[f32],
+    stride: usize,
+    depth: usize,
+    b: &[W],
+    strides: [usize; 2],
+    sums: &mut [f32],
+    width: usize,
+) -> usize {
+    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
+    assert!(b.len() >= (depth - 1) * strides[0] + (V - 1) * strides[1] + 16);
+    // SAFETY (of all loads and stores): rows r < R and vectors v < V lie in the slices (asserted above).
+    let mut acc: [[__m512; V]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums.as_ptr().add(r * width + v * 16)) })
+    });
+    for k in 0..depth {
+        let vectors: [__m512; V] =
+            std::array::from_fn(|v| unsafe { W::load(b.as_ptr().add(k * strides[0] + v * strides[1])) });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let a = _mm512_set1_ps(unsafe { *a.as_ptr().add(r * stride + k) });
+            for (acc, vector) in acc.iter_mut().zip(vectors) {
+                *acc = _mm512_fmadd_ps(a, vector, *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr().add(r * width + v * 16), acc) };
+        }
+    }
+    V * 16
 }

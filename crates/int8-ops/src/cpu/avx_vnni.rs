@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::{for_each_tile, take_off_offset};
+use super::tiles::for_each_tile;
 use super::{Kernels, avx2};
 
 // SAFETY (of both): a table is handed out only where `is_supported` has found the features that every
@@ -32,15 +32,15 @@ macro_rules! kernels {
         mod $name {
             use super::*;
 
-            const TOKENS: usize = 2;
-            const ROWS: usize = 4;
-
             /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its
             /// sign bit flipped) and `128 * Σ codes` is taken off every sum.
             #[target_feature(enable = $features)]
             pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-                for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
-                take_off_offset(code_sums, weight.len() / cols, sums);
+                for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
+                let rows = weight.len() / cols;
+                for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
+                    sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
+                }
             }
 
             /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.

@@ -5,7 +5,7 @@ use std::arch::{asm, is_aarch64_feature_detected};
 
 use half::{bf16, f16};
 
-use super::tiles::{for_each_tile, half_tail, int8_tail};
+use super::tiles::{float_tail, for_each_tile, int8_tail};
 use super::{Kernels, portable};
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
@@ -14,22 +14,17 @@ use super::{Kernels, portable};
 pub(super) const KERNELS: Kernels = Kernels {
     name: "neon-dotprod",
     is_supported: || is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
-    // NEON itself belongs to every aarch64 target: the element-wise loops are vectorised as they are.
-    absmax: portable::absmax,
-    flag_outliers: portable::flag_outliers,
-    quantize: portable::quantize,
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
-    f16_dots: |x, weight, cols, sums| unsafe { half_dots::<f16>(x, weight, cols, sums) },
-    bf16_dots: |x, weight, cols, sums| unsafe { half_dots::<bf16>(x, weight, cols, sums) },
+    f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
+    f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
+    bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
+    // NEON itself belongs to every aarch64 target: the element-wise loops are vectorised as they are.
+    ..portable::KERNELS
 };
-
-/// Tokens and weight rows of a tile: 16 of the 32 registers hold sums.
-const TOKENS: usize = 4;
-const ROWS: usize = 4;
 
 #[target_feature(enable = "neon,dotprod")]
 fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    for_each_tile!(int8_tile::<TOKENS, ROWS>(codes, weight, cols, sums));
+    for_each_tile!(int8_tile::<4, 4>(codes, weight, cols, sums));
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.
@@ -81,11 +76,20 @@ fn dot(mut acc: int32x4_t, codes: int8x16_t, weight: int8x16_t) -> int32x4_t {
     acc
 }
 
-/// A 16-bit float that 4 of are loaded and widened at a time.
+/// A float that 4 of are loaded, and widened where they are narrow, at a time.
 trait Widen: Copy + Into<f32> {
     /// # Safety
     /// 4 values must be readable.
     unsafe fn load(values: *const Self) -> float32x4_t;
+}
+
+impl Widen for f32 {
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load(values: *const Self) -> float32x4_t {
+        // SAFETY: the caller vouches for 4 values.
+        unsafe { vld1q_f32(values) }
+    }
 }
 
 impl Widen for f16 {
@@ -109,15 +113,15 @@ impl Widen for bf16 {
 }
 
 #[target_feature(enable = "neon")]
-fn half_dots<H: Widen>(x: &[f32], weight: &[H], cols: usize, sums: &mut [f32]) {
-    for_each_tile!(half_tile::<TOKENS, ROWS, H>(x, weight, cols, sums));
+fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) {
+    for_each_tile!(float_tile::<4, 4, W>(x, weight, cols, sums));
 }
 
 /// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
 #[target_feature(enable = "neon")]
-fn half_tile<const T: usize, const R: usize, H: Widen>(
+fn float_tile<const T: usize, const R: usize, W: Widen>(
     x: &[f32],
-    weight: &[H],
+    weight: &[W],
     cols: usize,
     sums: &mut [f32],
     stride: usize,
@@ -130,7 +134,7 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
         let x: [float32x4_t; T] = std::array::from_fn(|t| unsafe { vld1q_f32(x.as_ptr().add(t * cols + col)) });
         for r in 0..R {
             // SAFETY: as above.
-            let weight = unsafe { H::load(weight.as_ptr().add(r * cols + col)) };
+            let weight = unsafe { W::load(weight.as_ptr().add(r * cols + col)) };
             for t in 0..T {
                 acc[t][r] = vfmaq_f32(acc[t][r], x[t], weight);
             }
@@ -138,7 +142,7 @@ fn half_tile<const T: usize, const R: usize, H: Widen>(
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (r, acc) in acc.into_iter().enumerate() {
-            let tail = half_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
+            let tail = float_tail(&x[t * cols..][whole..cols], &weight[r * cols..][whole..cols]);
             sums[t * stride + r] = vaddvq_f32(acc) + tail;
         }
     }

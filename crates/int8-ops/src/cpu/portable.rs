@@ -4,6 +4,8 @@
 use half::{bf16, f16};
 
 use super::Kernels;
+use super::math::{erfc, exp};
+pub(super) use super::{Finish, RunningSoftmax};
 
 pub(super) const KERNELS: Kernels = Kernels {
     name: "portable",
@@ -11,9 +13,20 @@ pub(super) const KERNELS: Kernels = Kernels {
     absmax,
     flag_outliers,
     quantize,
+    sum_codes,
+    finish,
+    softmax_block,
+    layer_norm,
+    add,
+    relu,
+    gelu,
+    gelu_erf,
     int8_dots,
-    f16_dots: half_dots::<f16>,
-    bf16_dots: half_dots::<bf16>,
+    f32_dots: float_dots::<f32>,
+    f16_dots: float_dots::<f16>,
+    bf16_dots: float_dots::<bf16>,
+    f32_outer: outer_sum::<f32>,
+    f16_outer: outer_sum::<f16>,
 };
 
 /// The bits of a magnitude: they order as the magnitudes do, and NaN comes after infinity.
@@ -59,6 +72,111 @@ pub(super) fn quantize(x: &[f32], inverse: f32, codes: &mut [i8]) {
     }
 }
 
+#[inline(always)]
+pub(super) fn sum_codes(codes: &[i8]) -> i32 {
+    codes.iter().map(|&code| i32::from(code)).sum()
+}
+
+#[inline(always)]
+pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [f32]) {
+    out.fill(0.0);
+    for (value, weights) in with.outliers.iter().zip(with.outlier_weights.chunks(out.len())) {
+        out.iter_mut().zip(weights).for_each(|(out, weight)| *out += value * weight);
+    }
+    for ((out, &sum), scale) in out.iter_mut().zip(sums).zip(with.weight_scales) {
+        *out = scale * (sum as f32 * with.x_scale + *out);
+    }
+    if let Some(bias) = with.bias {
+        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+    }
+}
+
+#[inline(always)]
+pub(super) fn softmax_block(
+    scores: &mut [f32],
+    seen: usize,
+    slope: f32,
+    first_key: usize,
+    softmax: &mut RunningSoftmax,
+) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    for (group, scores) in scores.chunks_exact_mut(LANES).enumerate() {
+        for lane in 0..LANES {
+            let key = group * LANES + lane;
+            let score = scores[lane] + slope * (first_key + key) as u32 as f32;
+            scores[lane] = if key < seen { score } else { f32::NEG_INFINITY };
+            maxima[lane] = larger(scores[lane], maxima[lane]);
+        }
+    }
+    let max = maxima.into_iter().fold(softmax.max, |max, lane| larger(lane, max));
+    let mut sums = [0f32; LANES];
+    for (group, scores) in scores.chunks_exact_mut(LANES).enumerate() {
+        for lane in 0..LANES {
+            let weight = exp(scores[lane] - max);
+            scores[lane] = if group * LANES + lane < seen { weight } else { 0.0 };
+            sums[lane] += scores[lane];
+        }
+    }
+    let shrink = exp(softmax.max - max);
+    *softmax = RunningSoftmax { max, sum: softmax.sum * shrink + sums.iter().sum::<f32>() };
+    shrink
+}
+
+/// Partial sums, so that loops are vectorised and long rows lose little to rounding.
+const LANES: usize = 16;
+
+/// `Σ term(x)`.
+#[inline(always)]
+fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0f32; LANES];
+    let vectors = x.chunks_exact(LANES);
+    let rest: f32 = vectors.remainder().iter().map(|&x| term(x)).sum();
+    for x in vectors {
+        for lane in 0..LANES {
+            sums[lane] += term(x[lane]);
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+#[inline(always)]
+pub(super) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let len = x.len() as f32;
+    let mean = sum_of(x, |x| x) / len;
+    let variance = sum_of(x, |x| (x - mean) * (x - mean)) / len;
+    let inverse = 1.0 / (variance + eps).sqrt();
+    for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = (x - mean) * inverse * weight + bias;
+    }
+}
+
+#[inline(always)]
+pub(super) fn add(x: &mut [f32], other: &[f32]) {
+    x.iter_mut().zip(other).for_each(|(x, other)| *x += other);
+}
+
+#[inline(always)]
+pub(super) fn relu(x: &mut [f32]) {
+    // NaN stays NaN.
+    x.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
+}
+
+#[inline(always)]
+pub(super) fn gelu(x: &mut [f32]) {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    for x in x {
+        // (1 + tanh(u)) / 2 is 1 / (1 + e^-2u).
+        let inner = SQRT_2_OVER_PI * *x * (1.0 + 0.044715 * *x * *x);
+        *x /= 1.0 + exp(-2.0 * inner);
+    }
+}
+
+#[inline(always)]
+pub(super) fn gelu_erf(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x *= 0.5 * erfc(-*x * std::f32::consts::FRAC_1_SQRT_2));
+}
+
 fn int8_dots(codes: &[i8], _code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
     let rows = weight.len() / cols;
     for (codes, sums) in codes.chunks(cols).zip(sums.chunks_mut(rows)) {
@@ -68,9 +186,7 @@ fn int8_dots(codes: &[i8], _code_sums: &[i32], weight: &[i8], cols: usize, sums:
     }
 }
 
-fn half_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]) {
-    /// Partial sums, so that a long row loses no more to rounding than on a vector unit.
-    const LANES: usize = 16;
+fn float_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]) {
     let rows = weight.len() / cols;
     for (x, sums) in x.chunks(cols).zip(sums.chunks_mut(rows)) {
         for (weight, sum) in weight.chunks(cols).zip(sums) {
@@ -81,6 +197,25 @@ fn half_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &m
                 }
             }
             *sum = lanes.iter().sum();
+        }
+    }
+}
+
+fn outer_sum<T: Copy + Into<f32>>(
+    a: &[f32],
+    depth: usize,
+    b: &[T],
+    strides: [usize; 2],
+    sums: &mut [f32],
+    width: usize,
+) {
+    let rows = sums.len() / width;
+    for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {
+        for (group, sums) in sums.chunks_exact_mut(LANES).enumerate() {
+            for (index, a) in a[..depth].iter().enumerate() {
+                let b = &b[index * strides[0] + group * strides[1]..][..LANES];
+                sums.iter_mut().zip(b).for_each(|(sum, &b)| *sum += a * b.into());
+            }
         }
     }
 }

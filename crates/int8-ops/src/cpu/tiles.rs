@@ -8,7 +8,7 @@
 /// A macro, because a function pointer or a closure would keep the tile out of its caller's
 /// instruction set.
 macro_rules! for_each_tile {
-    ($tile:ident::<$tokens:ident, $rows:ident $(, $half:ident)?>($x:ident, $weight:ident, $cols:ident, $sums:ident)) => {
+    ($tile:ident::<$tokens:literal, $rows:literal $(, $weight_type:ident)?>($x:ident, $weight:ident, $cols:ident, $sums:ident)) => {
         let stride = $weight.len() / $cols;
         for (x, sums) in $x.chunks($tokens * $cols).zip($sums.chunks_mut($tokens * stride)) {
             let full = x.len() == $tokens * $cols;
@@ -17,15 +17,15 @@ macro_rules! for_each_tile {
                 let weight = &$weight[row * $cols..];
                 let many = stride - row >= $rows;
                 if full && many {
-                    $tile::<$tokens, $rows $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                    $tile::<$tokens, $rows $(, $weight_type)?>(x, weight, $cols, &mut sums[row..], stride);
                 } else if full {
-                    $tile::<$tokens, 1 $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                    $tile::<$tokens, 1 $(, $weight_type)?>(x, weight, $cols, &mut sums[row..], stride);
                 } else {
                     for (x, sums) in x.chunks($cols).zip(sums.chunks_mut(stride)) {
                         if many {
-                            $tile::<1, $rows $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                            $tile::<1, $rows $(, $weight_type)?>(x, weight, $cols, &mut sums[row..], stride);
                         } else {
-                            $tile::<1, 1 $(, $half)?>(x, weight, $cols, &mut sums[row..], stride);
+                            $tile::<1, 1 $(, $weight_type)?>(x, weight, $cols, &mut sums[row..], stride);
                         }
                     }
                 }
@@ -37,16 +37,6 @@ macro_rules! for_each_tile {
 
 pub(super) use for_each_tile;
 
-/// Takes `128 * Σ codes` of each token off its sums (tokens, rows): what was added by reading a weight
-/// as `w + 128`.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-pub(super) fn take_off_offset(code_sums: &[i32], rows: usize, sums: &mut [i32]) {
-    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
-        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
-    }
-}
-
 /// `Σ codes * weight` over the columns after a row's last whole vector.
 #[inline(always)]
 pub(super) fn int8_tail(codes: &[i8], weight: &[i8]) -> i32 {
@@ -55,6 +45,6 @@ pub(super) fn int8_tail(codes: &[i8], weight: &[i8]) -> i32 {
 
 /// `Σ x * weight` over the columns after a row's last whole vector.
 #[inline(always)]
-pub(super) fn half_tail<H: Copy + Into<f32>>(x: &[f32], weight: &[H]) -> f32 {
+pub(super) fn float_tail<W: Copy + Into<f32>>(x: &[f32], weight: &[W]) -> f32 {
     x.iter().zip(weight).map(|(&x, &weight)| x * weight.into()).sum()
 }

@@ -1,0 +1,95 @@
+//! Float activations times float weights, which are widened in registers and never in memory.
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_nn::Module;
+
+use crate::cpu::{self, Kernels, OutputColumns, Values};
+use crate::matmul::{bias_values, check_bias};
+
+/// `x W^T + bias` for activations `x` (.., in) and a weight (out, in), each in f32, f16 or bf16; the
+/// result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out) in `F32`.
+pub fn float_matmul(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    float_matmul_with(Kernels::active(), x, weight, bias)
+}
+
+/// [`float_matmul`] with the CPU kernels of a given instruction set.
+pub fn float_matmul_with(
+    kernels: &'static Kernels,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (rows, cols) = weight.dims2()?;
+    if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+        bail!("float matmul: the weight must be F32, F16 or BF16, found {:?}", weight.dtype());
+    }
+    if x.dims().last() != Some(&cols) || rows == 0 || cols == 0 {
+        bail!("float matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
+    }
+    check_bias(bias, rows)?;
+    let op = FloatMatmul { kernels, weight: weight.contiguous()?, bias: bias.cloned() };
+    x.contiguous()?.apply_op1_no_bwd(&op)
+}
+
+struct FloatMatmul {
+    kernels: &'static Kernels,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl CustomOp1 for FloatMatmul {
+    fn name(&self) -> &'static str {
+        "float-matmul"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let values = Values::from_storage(x, layout)?;
+        let (rows, cols) = self.weight.dims2()?;
+        let (weight, weight_layout) = self.weight.storage_and_layout();
+        let range = weight_layout.start_offset()..weight_layout.start_offset() + rows * cols;
+        let mut product = vec![0f32; layout.shape().elem_count() / cols * rows];
+        let output = &mut OutputColumns { matrix: &mut product, width: rows, columns: 0..rows };
+        let kernels = self.kernels;
+        bias_values(self.bias.as_ref(), |bias| {
+            match &*weight {
+                Storage::Cpu(CpuStorage::F32(weight)) => {
+                    cpu::float_product(kernels.f32_dots, &values, &weight[range], bias, output)
+                }
+                Storage::Cpu(CpuStorage::F16(weight)) => {
+                    cpu::float_product(kernels.f16_dots, &values, &weight[range], bias, output)
+                }
+                Storage::Cpu(CpuStorage::BF16(weight)) => {
+                    cpu::float_product(kernels.bf16_dots, &values, &weight[range], bias, output)
+                }
+                _ => bail!("float matmul: activations are on the CPU, but the weight is on {:?}", self.weight.device()),
+            }
+            Ok(())
+        })?;
+        let mut dims = layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = rows;
+        }
+        Ok((cpu::round_to_dtype_of(x, product), dims.into()))
+    }
+}
+
+/// A linear layer `y = x W^T + bias` with a float weight (out, in); see [`float_matmul`].
+#[derive(Debug, Clone)]
+pub struct FloatLinear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl FloatLinear {
+    /// Takes a weight (out, in) in f32, f16 or bf16 and a bias (out) of any float dtype (kept in `F32`).
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+        Ok(Self { weight, bias })
+    }
+}
+
+impl Module for FloatLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        float_matmul(x, &self.weight, self.bias.as_ref())
+    }
+}

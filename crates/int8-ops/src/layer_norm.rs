@@ -1,0 +1,61 @@
+//! Layer normalisation over the last dimension.
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_nn::Module;
+
+use crate::cpu::{Kernels, for_each_rows};
+use crate::matmul::f32_values;
+
+/// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32`;
+/// the variance is that of the whole population.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f32,
+}
+
+impl LayerNorm {
+    /// Takes a weight and a bias (width) in `F32`.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
+        if weight.dims1()? != bias.dims1()? || weight.dtype() != DType::F32 || bias.dtype() != DType::F32 {
+            bail!("a layer norm's weight and bias must be F32 (width), found {:?} and {:?}", weight, bias);
+        }
+        Ok(Self { weight: weight.contiguous()?, bias: bias.contiguous()?, eps: eps as f32 })
+    }
+}
+
+impl Module for LayerNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.contiguous()?.apply_op1_no_bwd(self)
+    }
+}
+
+impl CustomOp1 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
+            bail!("layer norm: x must be contiguous F32")
+        };
+        let (x, width) = (&x[start..end], self.weight.dim(0)?);
+        if layout.dims().last() != Some(&width) {
+            bail!("layer norm: x is {:?}, but the weight is ({width})", layout.shape());
+        }
+        let kernels = Kernels::active();
+        let mut out = vec![0f32; x.len()];
+        f32_values(&self.weight, |weight| {
+            f32_values(&self.bias, |bias| {
+                for_each_rows(&mut out, width, |first, out| {
+                    for (row, out) in (first..).zip(out.chunks_mut(width)) {
+                        (kernels.layer_norm)(&x[row * width..][..width], weight, bias, self.eps, out);
+                    }
+                });
+                Ok(())
+            })
+        })?;
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
