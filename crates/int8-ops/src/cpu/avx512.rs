@@ -201,10 +201,29 @@ impl Widen for bf16 {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) {
-    for_each_tile!(float_tile::<6, 4, W>(x, weight, cols, sums));
+    let (tokens, rows) = (x.len() / cols, weight.len() / cols);
+    if tokens >= MANY_TOKENS {
+        for_each_tile!(float_tile::<6, 4, W>(x, weight, cols, sums));
+        return;
+    }
+    // One row after the other, as memory likes it best.
+    for (row, weight) in weight.chunks(cols).enumerate() {
+        let mut token = 0;
+        while token < tokens {
+            let (x, sums) = (&x[token * cols..], &mut sums[token * rows + row..]);
+            token += match tokens - token {
+                1 => float_tile::<1, 1, W>(x, weight, cols, sums, rows),
+                2 | 3 => float_tile::<2, 1, W>(x, weight, cols, sums, rows),
+                4..8 => float_tile::<4, 1, W>(x, weight, cols, sums, rows),
+                _ => float_tile::<8, 1, W>(x, weight, cols, sums, rows),
+            };
+        }
+    }
 }
 
-/// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
+/// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows; gives T.
+///
+/// A sum is made the same way in every tile, so it does not depend on what else is in the block.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn float_tile<const T: usize, const R: usize, W: Widen>(
     x: &[f32],
@@ -212,13 +231,16 @@ fn float_tile<const T: usize, const R: usize, W: Widen>(
     cols: usize,
     sums: &mut [f32],
     stride: usize,
-) {
+) -> usize {
     assert!(x.len() >= T * cols && weight.len() >= R * cols && sums.len() >= (T - 1) * stride + R);
     let mut acc = [[_mm512_setzero_ps(); R]; T];
     let whole = cols / 16 * 16;
     for col in (0..whole).step_by(16) {
         // SAFETY: rows r < R lie in the slice (asserted above), 16 columns in the row.
         let weights: [__m512; R] = std::array::from_fn(|r| unsafe { W::load(weight.as_ptr().add(r * cols + col)) });
+        if R == 1 {
+            _mm_prefetch::<_MM_HINT_T1>(weight.as_ptr().wrapping_add(col).cast::<i8>().wrapping_add(AHEAD));
+        }
         for (t, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above for rows t < T.
             let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(t * cols + col)) };
@@ -245,6 +267,7 @@ fn float_tile<const T: usize, const R: usize, W: Widen>(
             sums[t * stride + r] = _mm512_reduce_add_ps(acc);
         }
     }
+    T
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
