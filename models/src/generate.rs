@@ -184,16 +184,19 @@ impl Generation<'_> {
         };
         // The head runs on the last position only.
         let logits = self.model.head(&hidden.narrow(1, hidden.dim(1)? - 1, 1)?)?.flatten_all()?;
-        let values = logits.to_vec1::<f32>()?;
+        let mut values = logits.to_vec1::<f32>()?;
         if let Some(bad) = values.iter().find(|logit| !logit.is_finite()) {
             return Err(Error::Output(format!("{bad}, not a finite number")));
         }
-        let logits = apply_repeat_penalty(&logits, self.options.repetition_penalty, &self.ids)?;
-        let mut logits = logits.to_vec1::<f32>()?;
-        if let (Some(top_k), true) = (self.options.top_k, self.options.temperature >= MIN_TEMPERATURE) {
-            keep_top_k(&mut logits, top_k);
+        // Logits are many: they are copied no more often than is needed.
+        if self.options.repetition_penalty != 1.0 {
+            values = apply_repeat_penalty(&logits, self.options.repetition_penalty, &self.ids)?.to_vec1()?;
         }
-        Ok(Some(self.processor.sample(&Tensor::new(logits, &Device::Cpu)?)?))
+        if let (Some(top_k), true) = (self.options.top_k, self.options.temperature >= MIN_TEMPERATURE) {
+            keep_top_k(&mut values, top_k);
+        }
+        let count = values.len();
+        Ok(Some(self.processor.sample(&Tensor::from_vec(values, count, &Device::Cpu)?)?))
     }
 }
 

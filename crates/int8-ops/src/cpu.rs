@@ -18,7 +18,7 @@ mod neon;
 mod portable;
 mod product;
 mod team;
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused))]
 mod tiles;
 
 use std::sync::OnceLock;

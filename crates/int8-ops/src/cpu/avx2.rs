@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::Kernels;
 use super::elementwise::elementwise_kernels;
-use super::tiles::{float_tail, for_each_tile, int8_tail};
+use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch_after};
 
 elementwise_kernels!("avx2,fma,f16c");
 
@@ -29,7 +29,11 @@ pub(super) const KERNELS: Kernels = Kernels {
 
 #[target_feature(enable = "avx2")]
 fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
+    if codes.len() / cols < MANY_TOKENS {
+        for_each_tile!(int8_tile::<2, 1>(codes, weight, cols, sums));
+    } else {
+        for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
+    }
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.
@@ -54,6 +58,7 @@ fn int8_tile<const T: usize, const R: usize>(
             |values: &[i8], row: usize| unsafe { _mm256_loadu_si256(values.as_ptr().add(row * cols + col).cast()) };
         let codes: [__m256i; T] = std::array::from_fn(|t| load(codes, t));
         for r in 0..R {
+            prefetch_after(weight.as_ptr().wrapping_add(r * cols + col));
             let weight = load(weight, r);
             let magnitude = _mm256_abs_epi8(weight);
             for t in 0..T {
@@ -114,7 +119,12 @@ impl Widen for bf16 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) {
-    for_each_tile!(float_tile::<2, 4, W>(x, weight, cols, sums));
+    if x.len() / cols < MANY_TOKENS {
+        // Two rows, to hide the latency of a sum.
+        for_each_tile!(float_tile::<2, 2, W>(x, weight, cols, sums));
+    } else {
+        for_each_tile!(float_tile::<2, 4, W>(x, weight, cols, sums));
+    }
 }
 
 /// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows.
@@ -133,6 +143,7 @@ fn float_tile<const T: usize, const R: usize, W: Widen>(
         // SAFETY: rows t < T and r < R lie in the slices (asserted above), 8 columns in the row.
         let x: [__m256; T] = std::array::from_fn(|t| unsafe { _mm256_loadu_ps(x.as_ptr().add(t * cols + col)) });
         for r in 0..R {
+            prefetch_after(weight.as_ptr().wrapping_add(r * cols + col));
             // SAFETY: as above.
             let weight = unsafe { W::load(weight.as_ptr().add(r * cols + col)) };
             for t in 0..T {

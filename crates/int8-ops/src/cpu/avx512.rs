@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use super::Kernels;
 use super::elementwise::elementwise_kernels;
-use super::tiles::for_each_tile;
+use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
 
 elementwise_kernels!("avx512f,avx512bw,avx512vl,avx512dq");
 
@@ -32,9 +32,6 @@ pub(super) const KERNELS: Kernels = Kernels {
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
     ..elementwise::KERNELS
 };
-
-/// Tokens from which it pays to pack the weight into panels.
-const MANY_TOKENS: usize = 12;
 
 /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its sign bit
 /// flipped) and `128 * Σ codes` is taken off every sum.
@@ -64,8 +61,6 @@ fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: 
 
 /// Weight rows whose sums are gathered across a register together.
 const ROWS: usize = 4;
-/// How far ahead of its use a weight is brought to the second cache, in bytes.
-const AHEAD: usize = 4096;
 
 /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows; gives T.
 ///
@@ -88,7 +83,7 @@ fn int8_tile<const T: usize, const U: usize>(
     for (row, weight) in weight.chunks(cols).enumerate() {
         let mut acc = [[_mm512_setzero_si512(); U]; T];
         let mut add = |u: usize, col: usize| {
-            _mm_prefetch::<_MM_HINT_T1>(weight.as_ptr().wrapping_add(col + AHEAD));
+            prefetch_after(weight.as_ptr().wrapping_add(col));
             // SAFETY: 64 columns of the row and of token t < T lie in the slices (asserted above).
             let load = |values: &[i8], at: usize| unsafe { _mm512_loadu_epi8(values.as_ptr().add(at)) };
             let weight = _mm512_xor_si512(load(weight, col), flip);
@@ -239,7 +234,7 @@ fn float_tile<const T: usize, const R: usize, W: Widen>(
         // SAFETY: rows r < R lie in the slice (asserted above), 16 columns in the row.
         let weights: [__m512; R] = std::array::from_fn(|r| unsafe { W::load(weight.as_ptr().add(r * cols + col)) });
         if R == 1 {
-            _mm_prefetch::<_MM_HINT_T1>(weight.as_ptr().wrapping_add(col).cast::<i8>().wrapping_add(AHEAD));
+            prefetch_after(weight.as_ptr().wrapping_add(col));
         }
         for (t, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above for rows t < T.

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::for_each_tile;
+use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
 use super::{Kernels, avx2};
 
 // SAFETY (of both): a table is handed out only where `is_supported` has found the features that every
@@ -36,7 +36,11 @@ macro_rules! kernels {
             /// sign bit flipped) and `128 * Σ codes` is taken off every sum.
             #[target_feature(enable = $features)]
             pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-                for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
+                if code_sums.len() < MANY_TOKENS {
+                    for_each_tile!(int8_tile::<2, 1>(codes, weight, cols, sums));
+                } else {
+                    for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
+                }
                 let rows = weight.len() / cols;
                 for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
                     sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
@@ -63,6 +67,7 @@ macro_rules! kernels {
                     };
                     let codes: [__m256i; T] = std::array::from_fn(|t| load(codes, t));
                     for r in 0..R {
+                        prefetch_after(weight.as_ptr().wrapping_add(r * cols + col));
                         let weight = _mm256_xor_si256(load(weight, r), flip);
                         for t in 0..T {
                             acc[t][r] = $dot(acc[t][r], weight, codes[t]);

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use super::tiles::MANY_TOKENS;
 use super::{Activations, FloatDots, Kernels, Values, team};
 
 /// The columns of a result (tokens, width) in f32 that one weight fills.
@@ -41,8 +42,6 @@ struct Blocks {
     rows_per_part: usize,
 }
 
-/// Tokens from which a layer costs its products and no longer the reading of its weight.
-const MANY_TOKENS: usize = 12;
 /// Bytes of a weight that a thread is given at a time when there are few tokens.
 const BYTES_PER_PART: usize = 1 << 16;
 

@@ -37,6 +37,22 @@ macro_rules! for_each_tile {
 
 pub(super) use for_each_tile;
 
+/// Tokens from which a layer costs its products and no longer the reading of its weight. With fewer,
+/// rows are read one after the other, as memory likes it best.
+pub(super) const MANY_TOKENS: usize = 12;
+/// How far ahead of its use a weight is brought to the second cache, in bytes.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Asks for the weight some way after `weight` to be brought to the second cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn prefetch_after<T>(weight: *const T) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a hint reads and writes nothing, wherever it points.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(weight.cast::<i8>().wrapping_add(AHEAD)) };
+}
+
 /// `Σ codes * weight` over the columns after a row's last whole vector.
 #[inline(always)]
 pub(super) fn int8_tail(codes: &[i8], weight: &[i8]) -> i32 {

@@ -1,0 +1,150 @@
+//! The rest of a block, attention, norms and activations, against the formulas in f64, on every
+//! instruction set.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::Module;
+use int8_ops::cpu::Kernels;
+use int8_ops::{AttentionCache, LayerNorm, add, attention_with, gelu};
+
+/// From -50 to 50, close together around 0.
+fn arguments() -> Vec<f32> {
+    let fine = (-40_000..=40_000).map(|i| i as f32 / 4_000.0);
+    fine.chain((-500..=500).map(|i| i as f32 / 10.0)).chain([0.0, -0.0, 1e-30, -1e-30, 1e-42, 1e4, -1e4]).collect()
+}
+
+#[test]
+fn gelu_is_right_to_a_few_units_in_the_last_place() {
+    let tanh_form =
+        |x: f64| x / (1.0 + (-2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).exp());
+    for kernels in Kernels::available() {
+        let mut y = arguments();
+        (kernels.gelu)(&mut y);
+        for (x, y) in arguments().into_iter().zip(y) {
+            let wanted = tanh_form(f64::from(x));
+            // The far negative side is tiny: there the exponent's own rounding counts.
+            let bound = wanted.abs() * 4e-7 * (1.0 + f64::from(x.min(0.0).abs()).powi(3) * 0.1) + 1e-30;
+            assert!((f64::from(y) - wanted).abs() <= bound, "{}: gelu({x}) = {y}, wanted {wanted}", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn gelu_by_the_error_function_is_right_to_2e_6_of_its_size() {
+    // erf(x) to 12 digits by its series, where that converges fast.
+    let erf = |x: f64| {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..60 {
+            term *= -x * x / n as f64;
+            sum += term / (2 * n + 1) as f64;
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    };
+    for kernels in Kernels::available() {
+        let mut y = arguments();
+        (kernels.gelu_erf)(&mut y);
+        for (x, y) in arguments().into_iter().zip(y).filter(|(x, _)| x.abs() < 3.0) {
+            let wanted = f64::from(x) / 2.0 * (1.0 + erf(f64::from(x) / std::f64::consts::SQRT_2));
+            let error = (f64::from(y) - wanted).abs();
+            assert!(error <= wanted.abs() * 2e-6 + 1e-35, "{}: {x} gives {y}, wanted {wanted}", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn activations_of_nan_are_nan_and_far_values_stay_finite() {
+    for kernels in Kernels::available() {
+        for kernel in [kernels.gelu, kernels.gelu_erf, kernels.relu] {
+            let mut x = [f32::NAN, 3e4, -3e4, 0.0];
+            kernel(&mut x);
+            assert!(x[0].is_nan() && x[1] == 3e4 && x[2].abs() < 1e-20 && x[3] == 0.0, "{}: {x:?}", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn a_layer_norm_is_that_of_the_formula() -> Result<()> {
+    for width in [1, 7, 16, 100, 1024] {
+        let x: Vec<f32> = (0..3 * width).map(|i| ((i * 37 % 101) as f32 - 40.0) / 9.0).collect();
+        let weight: Vec<f32> = (0..width).map(|i| 1.0 + i as f32 / width as f32).collect();
+        let bias: Vec<f32> = (0..width).map(|i| i as f32 / 100.0).collect();
+        let [weights, biases] = [&weight, &bias].map(|values| Tensor::new(values.as_slice(), &Device::Cpu).unwrap());
+        let norm = LayerNorm::new(weights, biases, 1e-5)?;
+        let y = norm.forward(&Tensor::from_vec(x.clone(), (3, width), &Device::Cpu)?)?.to_vec2::<f32>()?;
+        for (x, y) in x.chunks(width).zip(&y) {
+            let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
+            let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+            for i in 0..width {
+                let normed = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt();
+                let wanted = normed * f64::from(weight[i]) + f64::from(bias[i]);
+                assert!((f64::from(y[i]) - wanted).abs() < 1e-5, "width {width}: {} for {wanted}", y[i]);
+            }
+            for kernels in Kernels::available() {
+                let mut same = vec![0f32; width];
+                (kernels.layer_norm)(x, &weight, &bias, 1e-5, &mut same);
+                assert_eq!(&same, y, "{}", kernels.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
+    let (batch, heads) = (2, 3);
+    let slopes = [0.5, 0.25, 0.125];
+    for (past, tokens, head_dim) in [(0, 1, 5), (0, 70, 64), (63, 2, 80), (64, 30, 17), (130, 25, 128)] {
+        let len = past + tokens;
+        // The three lie in one another, as the fused projection gives them.
+        let fused = Tensor::randn(0f32, 1.0, (batch, len, heads, 3, head_dim), &Device::Cpu)?;
+        let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
+        let (queries, keys, values) = (part(0)?.narrow(2, past, tokens)?, part(1)?, part(2)?);
+        let cache = AttentionCache::new(&keys, 16, DType::F32)?;
+        assert!(cache.write(0, &keys, &values).is_err() || len <= cache.capacity());
+        let cache = cache.grown(0, len)?;
+        cache.write(0, &keys, &values)?;
+        let [q, k, v] = [&queries, &keys, &values].map(|tensor| tensor.contiguous().unwrap().flatten_all().unwrap());
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.to_vec1::<f32>().unwrap());
+        for kernels in Kernels::available() {
+            for slopes in [None, Some(&slopes[..])] {
+                let found = attention_with(kernels, &queries, &cache, past, slopes)?;
+                assert_eq!(found.dims(), [batch, tokens, heads * head_dim]);
+                let found = found.to_vec3::<f32>()?;
+                for (row, query) in (0..batch * heads).flat_map(|row| (0..tokens).map(move |query| (row, query))) {
+                    let q = &q[(row * tokens + query) * head_dim..][..head_dim];
+                    let row_of = |all: &[f32], key: usize| all[(row * len + key) * head_dim..][..head_dim].to_vec();
+                    let slope = slopes.map_or(0.0, |slopes| f64::from(slopes[row % heads]));
+                    let weights: Vec<f64> = (0..=past + query)
+                        .map(|key| {
+                            let dot: f64 =
+                                q.iter().zip(row_of(&k, key)).map(|(q, k)| f64::from(*q) * f64::from(k)).sum();
+                            (dot / (head_dim as f64).sqrt() + slope * (key as f64 - (past + query) as f64)).exp()
+                        })
+                        .collect();
+                    let total: f64 = weights.iter().sum();
+                    for feature in 0..head_dim {
+                        let terms = weights.iter().enumerate();
+                        let wanted: f64 = terms.map(|(key, w)| w / total * f64::from(row_of(&v, key)[feature])).sum();
+                        let found = f64::from(found[row / heads][query][row % heads * head_dim + feature]);
+                        assert!((found - wanted).abs() < 2e-5, "{}: {found} for {wanted}", kernels.name);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused() -> Result<()> {
+    let x = Tensor::zeros((1, 2, 3, 4), DType::F32, &Device::Cpu)?;
+    assert!(AttentionCache::new(&x, 8, DType::BF16).is_err());
+    let cache = AttentionCache::new(&x, 8, DType::F16)?;
+    let kernels = Kernels::active();
+    assert!(attention_with(kernels, &x, &cache, cache.capacity(), None).is_err(), "no room for so many");
+    assert!(attention_with(kernels, &x, &cache, 0, Some(&[1.0])).is_err(), "a slope for each head");
+    assert!(attention_with(kernels, &x.narrow(1, 0, 1)?, &cache, 0, None).is_err(), "as many heads as cached");
+    assert!(cache.write(0, &x.to_dtype(DType::F16)?, &x).is_err(), "keys are computed in f32");
+    assert!(add(x.clone(), &x.narrow(3, 0, 2)?).is_err(), "shapes are one");
+    assert!(gelu(x.transpose(2, 3)?).is_err(), "in place means contiguous");
+    Ok(())
+}
