@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::f16;
 
-use crate::cpu::{self, KEYS_PER_BLOCK, Kernels, LANES, OuterSum, Queries, padded};
+use crate::cpu::{self, KEYS_PER_BLOCK, Kernels, LANES, OuterSum, Queries, padded, team};
 
 /// The keys and values of one layer, with room for more, in the layout that [`attention`] reads: keys in
 /// groups whose like features lie side by side, so that a vector holds one feature of 16 keys.
@@ -64,9 +64,8 @@ impl AttentionCache {
                 bail!("{dims:?} do not fit a cache ({batch}, {heads}, {capacity}, {head_dim}) after {past} tokens");
             }
         }
-        let head_dim = self.head_dim;
-        self.keys.inplace_op2(keys, &Write { past, head_dim, place: Place::Key })?;
-        self.values.inplace_op2(values, &Write { past, head_dim, place: Place::Value })
+        self.keys.inplace_op2(keys, &Write { past, place: Place::Key })?;
+        self.values.inplace_op2(values, &Write { past, place: Place::Value })
     }
 }
 
@@ -78,7 +77,6 @@ enum Place {
 
 struct Write {
     past: usize,
-    head_dim: usize,
     place: Place,
 }
 
@@ -99,35 +97,40 @@ impl InplaceOp2 for Write {
 }
 
 impl Write {
-    fn write<T>(
+    fn write<T: Send>(
         &self,
         cache: &mut [T],
         cache_layout: &Layout,
         new: &[f32],
         layout: &Layout,
-        narrow: impl Fn(f32) -> T,
+        narrow: impl Fn(f32) -> T + Sync,
     ) -> Result<()> {
         let (batch, heads, tokens, head_dim) = layout.shape().dims4()?;
         let strides = head_strides(layout)?;
         let per_head: usize = cache_layout.dims()[2..].iter().product();
-        for (row, cache) in cache.chunks_mut(per_head).take(batch * heads).enumerate() {
+        let write = |(row, cache): (usize, &mut [T])| {
             for token in 0..tokens {
                 let from = layout.start_offset() + row / heads * strides[0] + row % heads * strides[1];
                 let new = &new[from + token * strides[2]..][..head_dim];
                 let position = self.past + token;
                 match self.place {
                     Place::Key => {
-                        let group = &mut cache[position / LANES * LANES * self.head_dim..];
-                        for (feature, &value) in new.iter().enumerate() {
-                            group[feature * LANES + position % LANES] = narrow(value);
-                        }
+                        let group = &mut cache[position / LANES * LANES * head_dim..][..LANES * head_dim];
+                        let places = group.iter_mut().skip(position % LANES).step_by(LANES);
+                        places.zip(new).for_each(|(place, &value)| *place = narrow(value));
                     }
                     Place::Value => {
-                        let place = &mut cache[position * padded(self.head_dim)..][..head_dim];
-                        place.iter_mut().zip(new).for_each(|(place, &value)| *place = narrow(value));
+                        let places = &mut cache[position * padded(head_dim)..][..head_dim];
+                        places.iter_mut().zip(new).for_each(|(place, &value)| *place = narrow(value));
                     }
                 }
             }
+        };
+        let rows = cache.chunks_mut(per_head).take(batch * heads).enumerate();
+        if tokens < LANES {
+            rows.for_each(write);
+        } else {
+            team::for_each(rows.collect(), write);
         }
         Ok(())
     }

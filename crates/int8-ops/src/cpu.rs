@@ -17,7 +17,7 @@ mod math;
 mod neon;
 mod portable;
 mod product;
-mod team;
+pub(crate) mod team;
 #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused))]
 mod tiles;
 
