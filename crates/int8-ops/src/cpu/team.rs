@@ -10,15 +10,20 @@ use std::cell::UnsafeCell;
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 
 /// Calls `work` with every part, from several threads where they are free: from one alone inside another
 /// such loop, or while another caller's loop runs. Parts are handed out in order, one at a time.
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
     let team = TEAM.get_or_init(Team::start);
-    match team.callers.try_lock() {
-        Ok(caller) if parts.len() > 1 && !team.members.is_empty() => {
+    let caller = match team.callers.try_lock() {
+        Err(TryLockError::WouldBlock) => None,
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Ok(caller) => Some(caller),
+    };
+    match caller {
+        Some(caller) if parts.len() > 1 && !team.members.is_empty() => {
             let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
             let take = |index: usize| parts[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
             team.run(parts.len(), &|index| take(index).into_iter().for_each(&work), caller)
@@ -177,6 +182,45 @@ impl Drop for Closing<'_> {
         self.0.door.fetch_and(!OPEN, Ordering::AcqRel);
         while self.0.door.load(Ordering::Acquire) & INSIDE != 0 {
             spin_loop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn every_part_is_worked_on_once_also_from_several_callers_and_inside_another_loop() {
+        let counts: Vec<AtomicU32> = (0..200).map(|_| AtomicU32::new(0)).collect();
+        let loops = || {
+            for _ in 0..200 {
+                for_each((0..20).collect(), |outer: usize| {
+                    for_each((0..10).collect(), |inner: usize| {
+                        counts[10 * outer + inner].fetch_add(1, Ordering::Relaxed);
+                    });
+                });
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(loops);
+            }
+        });
+        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 600));
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_next_loop_runs() {
+        for bad in 0..8 {
+            let panicked =
+                catch_unwind(|| for_each((0..8).collect(), |part: usize| assert_ne!(part, bad, "on purpose")));
+            assert!(panicked.is_err());
+            let done = AtomicU32::new(0);
+            for_each((0..8).collect(), |_: usize| _ = done.fetch_add(1, Ordering::Relaxed));
+            assert_eq!(done.into_inner(), 8);
         }
     }
 }
