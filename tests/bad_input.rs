@@ -489,3 +489,33 @@ fn wrong_usage_has_exit_code_2() {
         assert!(stderr(&output).starts_with("error: "), "{}", stderr(&output));
     }
 }
+
+#[test]
+fn a_model_that_is_too_large_for_the_memory() {
+    let folder = scratch("too-large");
+    let config = |layers: u64| {
+        let config = format!(
+            r#"{{"model_type": "bloom", "vocab_size": 1000, "hidden_size": 4096, "n_layer": {layers}, "n_head": 32}}"#
+        );
+        fs::write(folder.join("config.json"), config).unwrap();
+    };
+    let generate = |more: &[&str]| {
+        let args = [&["generate", "-q", "--prompt-ids", "5", "-m", folder.to_str().unwrap()], more].concat();
+        llm8(&args).output().unwrap()
+    };
+    config(1_000_000);
+    let parts =
+        ["/too-large: int8 needs ", " TB of memory, but ", " is free", "hint: int8 with an int8 head", "--force"];
+    check_failure(&generate(&[]), 1, &parts);
+    // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
+    let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);
+    config(footprint["machine"]["available_bytes"].as_u64().unwrap() / 300_000_000);
+    check_failure(
+        &generate(&["--precision", "f16"]),
+        1,
+        &["f16 needs ", "hint: --precision int8 needs ", "which would fit"],
+    );
+    // What is free does, and with --force what is not: then the weights are looked for.
+    check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);
+    check_failure(&generate(&["--precision", "f16", "--force"]), 1, &["model.safetensors: no such file"]);
+}

@@ -81,12 +81,12 @@ fn a_table_for_people_and_a_page() {
     let page = scratch("page").join("compare.html");
     let output = succeeds(&["compare", "-n", "8", "--html", page.to_str().unwrap()]);
     let text = stdout(&output);
-    for part in ["f16", "int8", "weights", "5.86 MB", "peak memory", "generation", "likeliest token", "KL divergence"] {
+    for part in ["f16", "int8", "weights", "5.83 MB", "peak memory", "generation", "likeliest token", "KL divergence"] {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
     let page = std::fs::read_to_string(page).unwrap();
     assert!(
-        page.starts_with("<!DOCTYPE html>") && page.contains("prefers-color-scheme: dark") && page.contains("5.86 MB")
+        page.starts_with("<!DOCTYPE html>") && page.contains("prefers-color-scheme: dark") && page.contains("5.83 MB")
     );
     let output = llm8(&["compare", "-q", "-n", "1", "--html", "no/such/folder/page.html"]).output().unwrap();
     check_failure(&output, 1, &["no/such/folder/page.html: cannot be written"]);

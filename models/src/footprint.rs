@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::folder::ModelFolder;
 use crate::load::Family;
 use crate::outline::{Component, LongestContext, Outline, Parameter, Parameters, Role};
-use crate::precision::{Precision, VECTOR_DTYPE};
+use crate::precision::Precision;
 
 /// The sizes of a model.
 #[derive(Debug)]
@@ -163,11 +163,7 @@ impl WeightBytes {
             self.0[Component::Scales as usize] += (parameter.shape[0] * DType::F32.size_in_bytes()) as u64;
             return;
         }
-        let dtype = match (precision, parameter.role) {
-            (_, Role::Vector) => VECTOR_DTYPE,
-            (Precision::F32, _) => DType::F32,
-            _ => DType::F16,
-        };
+        let dtype = if *precision == Precision::F32 { DType::F32 } else { DType::F16 };
         self.0[parameter.component as usize] += parameter.values() * dtype.size_in_bytes() as u64;
     }
 }

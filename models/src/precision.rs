@@ -1,6 +1,5 @@
 //! What weights are held in.
 
-use candle_core::DType;
 use int8_ops::OUTLIER_THRESHOLD;
 
 use crate::error::{Error, Result};
@@ -36,9 +35,6 @@ impl Default for Int8Options {
         Self { threshold: Some(OUTLIER_THRESHOLD), skip_modules: Vec::new(), head: false }
     }
 }
-
-/// What biases and the weights of norms are held in whatever the precision: they take next to nothing.
-pub(crate) const VECTOR_DTYPE: DType = DType::F32;
 
 impl Int8Options {
     /// Whether the linear layer of this full name is to be kept in 16 bits.

@@ -14,7 +14,7 @@ use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::error::{Error, NOT_FOUND, Result, first_line};
 use crate::layers::{Embedding, Linear, Linears};
 use crate::ledger::Ledger;
-use crate::precision::{Int8Options, Precision, VECTOR_DTYPE};
+use crate::precision::{Int8Options, Precision};
 
 /// The weights of a checkpoint under one prefix of names.
 #[derive(Clone)]
@@ -163,7 +163,7 @@ impl<'a> Weights<'a> {
         Ok(LayerNorm::new(self.vector("weight", width)?, self.vector("bias", width)?, eps)?)
     }
 
-    /// A vector (len), in [`VECTOR_DTYPE`].
+    /// A vector (len), in 16 bits unless the precision is `F32`.
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let raw = self.tensor(name, &[len])?;
         raw.check_float()?;
@@ -171,8 +171,13 @@ impl<'a> Weights<'a> {
         raw.widen(0, &mut values);
         raw.check_finite(0, &values)?;
         raw.bytes.give_back(&raw.range);
-        self.loader.enter(&raw, len * VECTOR_DTYPE.size_in_bytes());
-        Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
+        let vector = match float_dtype(self.loader.precision, &raw) {
+            DType::F16 => vector_tensor::<f16>(&raw, values),
+            DType::BF16 => vector_tensor::<bf16>(&raw, values),
+            _ => vector_tensor::<f32>(&raw, values),
+        }?;
+        self.loader.enter(&raw, len * vector.dtype().size_in_bytes());
+        Ok(vector)
     }
 
     /// A weight (out, in) as int8: quantised row by row from the file, or used in place where the file
@@ -220,6 +225,15 @@ fn float_tensor<T: Float>(weight: &RawTensor, scales: Option<&[f32]>) -> Result<
     let mut matrix = T::zeros(rows * cols);
     weight.narrow_rows(0..rows, scales, &mut matrix)?;
     Ok(Tensor::from_vec(matrix, (rows, cols), &Device::Cpu)?)
+}
+
+/// Finite values (len) in memory as floats of another dtype.
+fn vector_tensor<T: Float>(raw: &RawTensor, values: Vec<f32>) -> Result<Tensor> {
+    if values.iter().any(|value| value.abs() >= T::LIMIT) {
+        return Err(raw.too_large::<T>(0, &values));
+    }
+    let len = values.len();
+    Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(T::DTYPE)?)
 }
 
 /// The error of a weight that the system has no memory for.

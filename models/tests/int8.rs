@@ -159,14 +159,14 @@ fn perplexity_at_int8_is_that_of_the_reference_schemes() {
 #[test]
 fn the_ledger_counts_what_each_precision_takes() {
     // tiny-bloom: 3,145,728 weights in 16 linear layers with 9,216 outputs, a tied embedding of
-    // 5,120 x 256, and 14,336 biases and norm parameters, which stay in f32.
+    // 5,120 x 256, and 14,336 biases and norm parameters, which are in 16 bits.
     let (linear, outputs, embedding, vectors) = (3_145_728, 9_216, 5_120 * 256, 9_216 + 5_120);
     let head = Precision::Int8(Int8Options { head: true, ..Int8Options::default() });
     for (precision, bytes) in [
         (Precision::F32, 4 * (linear + embedding + vectors)),
-        (Precision::F16, 2 * (linear + embedding) + 4 * vectors),
-        (int8(None), linear + 4 * outputs + 2 * embedding + 4 * vectors),
-        (head, linear + 4 * outputs + embedding + 4 * 5_120 + 4 * vectors),
+        (Precision::F16, 2 * (linear + embedding + vectors)),
+        (int8(None), linear + 4 * outputs + 2 * embedding + 2 * vectors),
+        (head, linear + 4 * outputs + embedding + 4 * 5_120 + 2 * vectors),
     ] {
         let ledger = load_model("tiny-bloom", precision.clone()).ledger;
         assert_eq!(ledger.bytes(), bytes, "{precision:?}");

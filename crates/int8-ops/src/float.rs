@@ -7,7 +7,7 @@ use crate::cpu::{self, Kernels, OutputColumns, Values};
 use crate::matmul::{bias_values, check_bias};
 
 /// `x W^T + bias` for activations `x` (.., in) and a weight (out, in), each in f32, f16 or bf16; the
-/// result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out) in `F32`.
+/// result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out), in any of the three too.
 pub fn float_matmul(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     float_matmul_with(Kernels::active(), x, weight, bias)
 }
@@ -81,9 +81,8 @@ pub struct FloatLinear {
 }
 
 impl FloatLinear {
-    /// Takes a weight (out, in) in f32, f16 or bf16 and a bias (out) of any float dtype (kept in `F32`).
+    /// Takes a weight (out, in) in f32, f16 or bf16 and a bias (out) in any of the three.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, bias })
     }
 }

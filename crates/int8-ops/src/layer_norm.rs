@@ -1,10 +1,10 @@
 //! Layer normalisation over the last dimension.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::Module;
 
 use crate::cpu::{Kernels, for_each_rows};
-use crate::matmul::f32_values;
+use crate::matmul::{is_vector_dtype, vector_values};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32`;
 /// the variance is that of the whole population.
@@ -16,10 +16,10 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Takes a weight and a bias (width) in `F32`.
+    /// Takes a weight and a bias (width) in f32, f16 or bf16.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
-        if weight.dims1()? != bias.dims1()? || weight.dtype() != DType::F32 || bias.dtype() != DType::F32 {
-            bail!("a layer norm's weight and bias must be F32 (width), found {:?} and {:?}", weight, bias);
+        if weight.dims1()? != bias.dims1()? || !is_vector_dtype(weight.dtype()) || !is_vector_dtype(bias.dtype()) {
+            bail!("a layer norm's weight and bias must be floats (width), found {:?} and {:?}", weight, bias);
         }
         Ok(Self { weight: weight.contiguous()?, bias: bias.contiguous()?, eps: eps as f32 })
     }
@@ -46,8 +46,8 @@ impl CustomOp1 for LayerNorm {
         }
         let kernels = Kernels::active();
         let mut out = vec![0f32; x.len()];
-        f32_values(&self.weight, |weight| {
-            f32_values(&self.bias, |bias| {
+        vector_values(&self.weight, |weight| {
+            vector_values(&self.bias, |bias| {
                 for_each_rows(&mut out, width, |first, out| {
                     for (row, out) in (first..).zip(out.chunks_mut(width)) {
                         (kernels.layer_norm)(&x[row * width..][..width], weight, bias, self.eps, out);

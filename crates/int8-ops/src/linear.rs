@@ -1,6 +1,6 @@
 //! The LLM.int8() product as a layer.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
 use crate::cpu::Kernels;
@@ -27,10 +27,9 @@ pub struct Int8Linear {
 }
 
 impl Int8Linear {
-    /// Takes a weight (out, in), a bias (out) of any float dtype (kept in `F32`), and the outlier
+    /// Takes a weight (out, in), a bias (out) in f32, f16 or bf16, and the outlier
     /// threshold (`None`: no decomposition).
     pub fn new(weight: Int8Matrix, bias: Option<Tensor>, threshold: Option<f32>) -> Result<Self> {
-        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
         Ok(Self { weight, bias, threshold })
     }
 

@@ -6,7 +6,7 @@ use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
 use crate::matrix::Int8Matrix;
 use crate::outliers::check_threshold;
 
-/// One weight (out, in) and its bias (out) in `F32`.
+/// One weight (out, in) and its bias (out) in f32, f16 or bf16.
 pub type WeightAndBias<'a> = (&'a Int8Matrix, Option<&'a Tensor>);
 
 /// `x W^T + bias` for activations `x` (sequences, tokens, in), (tokens, in) or (in), in f32, f16 or
@@ -14,7 +14,7 @@ pub type WeightAndBias<'a> = (&'a Int8Matrix, Option<&'a Tensor>);
 ///
 /// Outlier columns, those with any `|x| >= threshold` in a sequence, are multiplied in float with the
 /// dequantised weight (LLM.int8() section 3); `None` multiplies everything in int8. The bias is (out)
-/// in `F32`. For 3-D `x` every sequence has outlier columns of its own; 2-D `x` is one sequence.
+/// in f32, f16 or bf16. For 3-D `x` every sequence has outlier columns of its own; 2-D `x` is one sequence.
 pub fn int8_matmul(x: &Tensor, weight: &Int8Matrix, bias: Option<&Tensor>, threshold: Option<f32>) -> Result<Tensor> {
     int8_matmul_with(Kernels::active(), x, &[(weight, bias)], threshold)
 }
@@ -43,30 +43,42 @@ pub fn int8_matmul_with(
     x.contiguous()?.apply_op1_no_bwd(&Int8Matmul { kernels, weights, threshold })
 }
 
-/// An error unless the bias, if there is one, is (rows) in `F32`.
+/// An error unless the bias, if there is one, is (rows) in a float dtype.
 pub(crate) fn check_bias(bias: Option<&Tensor>, rows: usize) -> Result<()> {
     match bias {
-        Some(bias) if bias.dims() != [rows] || bias.dtype() != DType::F32 => {
-            bail!("the bias must be F32 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape())
+        Some(bias) if bias.dims() != [rows] || !is_vector_dtype(bias.dtype()) => {
+            bail!("the bias must be F32, F16 or BF16 ({rows}), found {:?} {:?}", bias.dtype(), bias.shape())
         }
         _ => Ok(()),
     }
 }
 
-/// Calls `f` with the values of a bias, which is `F32`, where there is one.
+/// Whether a bias, or the weight of a norm, may be held in this dtype.
+pub(crate) fn is_vector_dtype(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Calls `f` with the values of a bias where there is one.
 pub(crate) fn bias_values<R>(bias: Option<&Tensor>, f: impl FnOnce(Option<&[f32]>) -> Result<R>) -> Result<R> {
     match bias {
-        Some(bias) => f32_values(bias, |values| f(Some(values))),
+        Some(bias) => vector_values(bias, |values| f(Some(values))),
         None => f(None),
     }
 }
 
-/// Calls `f` with the values of a contiguous `F32` tensor on the CPU.
-pub(crate) fn f32_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => f(&values[start..end]),
-        _ => bail!("wanted contiguous F32 values on the CPU, found {tensor:?}"),
+/// Calls `f` with the values of a contiguous vector on the CPU, in f32: 16-bit ones are widened.
+pub(crate) fn vector_values<R>(vector: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = vector.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("wanted a contiguous vector on the CPU, found {vector:?}")
+    };
+    match storage {
+        CpuStorage::F32(values) => f(&values[start..end]),
+        storage => {
+            let mut values = vec![0f32; end - start];
+            cpu::FloatSlice::of(storage)?.widen(start, &mut values);
+            f(&values)
+        }
     }
 }
 

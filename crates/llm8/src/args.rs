@@ -85,6 +85,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 
+    /// Go on though the memory that is free seems too little for the model.
+    #[arg(long)]
+    pub force: bool,
+
     /// Instruction set of the CPU kernels, for measuring and for finding faults: portable, avx2,
     /// avx-vnni, avx512-vnni-256, avx512-vnni or neon-dotprod [default: the fastest here].
     #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]

@@ -148,7 +148,7 @@ impl RawTensor<'_> {
     }
 
     /// The error of finite values of which one lies beyond the range of `T`; they begin at index `start`.
-    fn too_large<T: Float>(&self, start: usize, values: &[f32]) -> crate::error::Error {
+    pub(crate) fn too_large<T: Float>(&self, start: usize, values: &[f32]) -> crate::error::Error {
         let at = values.iter().position(|value| value.abs() >= T::LIMIT).unwrap_or_default();
         let problem = format!("value {} is {}, too large for {:?}", self.place(start + at), values[at], T::DTYPE);
         let wider = if T::DTYPE == DType::F16 { "bf16" } else { "f32" };

@@ -29,18 +29,25 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
     }
     let prompt = Prompt::read_or(&args.prompt, SAMPLE)?;
     model::set_up(&args.machine)?;
-    let folder = model::folder(&args.model, &args.output)?;
-    let text = prompt.codec(&folder)?;
-    let prompt_ids = prompt.ids(text.as_ref())?;
     let baseline = match args.baseline {
         BaselineName::F16 => Precision::F16,
         BaselineName::Bf16 => Precision::BF16,
         BaselineName::F32 => Precision::F32,
     };
+    let check = |folder: &ModelFolder| {
+        let int8 = Precision::Int8(model::int8_options(&args.int8, folder)?);
+        let both = [baseline.clone(), int8];
+        // One after the other, the larger decides.
+        let at_once = if args.together { &both[..] } else { &both[..1] };
+        model::check_memory(folder, at_once, &args.machine)
+    };
+    let folder = model::folder(&args.model, &args.output, check)?;
+    let text = prompt.codec(&folder)?;
+    let prompt_ids = prompt.ids(text.as_ref())?;
     interrupt::listen(args.output.quiet);
     let session = Session { args: &args, folder: &folder, text: text.as_ref(), prompt_ids: &prompt_ids };
 
-    let (reference, loaded) = session.run(baseline)?;
+    let (reference, loaded) = session.run(baseline.clone())?;
     let mut logits = tempfile::tempfile().context("a temporary file for the logits")?;
     session.write_logits(loaded.model.as_ref(), &logits)?;
     let kept = args.together.then_some(loaded);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{FinishReason, TextCodec, generate};
+use int8_models::{FinishReason, ModelFolder, TextCodec, generate};
 
 use super::model;
 use super::prompt::Prompt;
@@ -16,7 +16,10 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     model::check_flags(&args.precision)?;
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
-    let folder = model::folder(&args.model, &args.output)?;
+    let check = |folder: &ModelFolder| {
+        model::check_memory(folder, &[model::precision(&args.precision, folder)?], &args.machine)
+    };
+    let folder = model::folder(&args.model, &args.output, check)?;
     let precision = model::precision(&args.precision, &folder)?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;

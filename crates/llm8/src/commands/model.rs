@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
-    GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load,
+    Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load,
     stored_int8,
 };
 use int8_ops::cpu::Kernels;
@@ -15,7 +15,7 @@ use crate::args::{
 use crate::demo;
 use crate::failure::Failure;
 use crate::hub::{self, Hub};
-use crate::{interrupt, output};
+use crate::{interrupt, machine, output};
 
 /// Sets up threads and kernels as the arguments say.
 pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
@@ -48,7 +48,13 @@ pub fn name(args: &ModelArgs) -> String {
 
 /// The folder of the model, which must be of an architecture that there is; without one in the
 /// arguments, the demonstration model, which is said.
-pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFolder> {
+///
+/// `check` is given the folder once it holds the config, and may refuse it: before any weight is fetched.
+pub fn folder(
+    args: &ModelArgs,
+    output: &OutputArgs,
+    check: impl Fn(&ModelFolder) -> anyhow::Result<()>,
+) -> anyhow::Result<ModelFolder> {
     let Some(path) = &args.model else {
         check_local(&args.hub)?;
         if !output.quiet {
@@ -62,7 +68,7 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
     let folder = match hub::id_of(path) {
         Some(id) => {
             interrupt::listen(output.quiet);
-            ModelFolder::open(Hub::new(id, &args.hub, output.quiet)?.fetch(|_| Ok(()))?)?
+            ModelFolder::open(Hub::new(id, &args.hub, output.quiet)?.fetch(&check)?)?
         }
         None => {
             check_local(&args.hub)?;
@@ -70,6 +76,7 @@ pub fn folder(args: &ModelArgs, output: &OutputArgs) -> anyhow::Result<ModelFold
         }
     };
     let architecture = architecture(&folder)?;
+    check(&folder)?;
     if output.verbose {
         output::say(&format!("architecture {architecture}"));
     }
@@ -116,6 +123,38 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
         None => stored_int8(folder)?.map_or(Some(int8_ops::OUTLIER_THRESHOLD), |stored| stored.threshold),
     };
     Ok(Int8Options { threshold, skip_modules: args.skip_modules.clone(), head: args.int8_head })
+}
+
+/// Tokens whose keys and values a model should have memory for.
+const CONTEXT: usize = 2048;
+
+/// An error when the memory that is free is too little for the model in `folder` at these precisions at
+/// once, unless the arguments say to go on; it names a precision that would fit.
+pub fn check_memory(folder: &ModelFolder, precisions: &[Precision], args: &MachineArgs) -> anyhow::Result<()> {
+    let footprint = Footprint::of(folder)?;
+    let cache = footprint.kv_cache(CONTEXT.min(footprint.longest_context().tokens()));
+    let needs = |precision: &Precision| footprint.weights(precision).total() + cache;
+    let needed: u64 = precisions.iter().map(needs).sum();
+    let Some(memory) = machine::memory().filter(|memory| needed > memory.available && !args.force) else {
+        return Ok(());
+    };
+    let int8 = |head| Precision::Int8(Int8Options { head, ..Int8Options::default() });
+    let smaller = [
+        ("--precision f16", Precision::F16),
+        ("--precision int8", int8(false)),
+        ("--precision int8 --int8-head", int8(true)),
+    ];
+    let least = needs(&int8(true));
+    let hint = match smaller.iter().find(|(_, precision)| needs(precision) <= memory.available) {
+        Some((flags, precision)) => {
+            format!("{flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
+        }
+        None => format!("int8 with an int8 head, which is the least, needs {}", output::precise_bytes(least)),
+    };
+    let names = precisions.iter().map(Precision::name).collect::<Vec<_>>().join(" and ");
+    let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(memory.available));
+    let message = format!("{}: {names} needs {needed} of memory, but {free} is free", folder.path().display());
+    Err(Failure::new(message).with_hint(format!("{hint}; --force goes on all the same")).into())
 }
 
 /// How to generate with a loaded model, as the arguments say.

@@ -13,7 +13,7 @@ use crate::{interrupt, output};
 
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
     model::set_up(&args.machine)?;
-    let folder = model::folder(&args.model, &args.output)?;
+    let folder = model::folder(&args.model, &args.output, |_| Ok(()))?;
     let int8 = model::int8_options(&args.int8, &folder)?;
     interrupt::listen(args.output.quiet);
     let (bar, progress) = model::progress_bar("quantising", &args.output)?;
