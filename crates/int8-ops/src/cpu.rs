@@ -63,8 +63,8 @@ pub struct Kernels {
     /// blocks are to be multiplied by.
     pub softmax_block:
         fn(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32,
-    /// `out = (x - mean) / sqrt(variance + eps) * weight + bias` for one row.
-    pub layer_norm: fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]),
+    /// The norm of one row; see [`LayerNormRow`].
+    pub layer_norm: LayerNormRow,
     /// `x += other`.
     pub add: fn(x: &mut [f32], other: &[f32]),
     /// `x = max(x, 0)`.
@@ -92,6 +92,9 @@ pub type Int8Dots = fn(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usi
 /// `sums[t, r] = Σ_c x[t, c] * weight[r, c]`, summed in f32, for x (tokens, cols), a weight
 /// (rows, cols), and sums (tokens, rows).
 pub type FloatDots<T> = fn(x: &[f32], weight: &[T], cols: usize, sums: &mut [f32]);
+
+/// `out = (x - mean) / sqrt(variance + eps) * weight + bias`, all of one length.
+pub type LayerNormRow = fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]);
 
 /// `sums[r, :] += Σ_k a[r, k] * b[k, :]` over the first `depth` k, in the order of k, for a (rows, ..) and
 /// sums (rows, width); the width is a multiple of 16. Lanes 16 v to 16 v + 15 of `b[k]` lie side by side

@@ -194,13 +194,15 @@ fn outer_tile<const R: usize, W: Widen>(
 ) -> usize {
     assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + 16);
     assert!(b.len() >= (depth - 1) * step + 16);
-    // SAFETY (of all loads and stores): rows r < R and 16 lanes lie in the slices (asserted above).
     let mut acc: [[__m256; 2]; R] = std::array::from_fn(|r| {
+        // SAFETY: 16 lanes of row r < R lie in the slice (asserted above).
         std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums.as_ptr().add(r * width + v * 8)) })
     });
     for k in 0..depth {
+        // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above).
         let vectors: [__m256; 2] = std::array::from_fn(|v| unsafe { W::load(b.as_ptr().add(k * step + v * 8)) });
         for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
             let a = _mm256_set1_ps(unsafe { *a.as_ptr().add(r * stride + k) });
             for (acc, vector) in acc.iter_mut().zip(vectors) {
                 *acc = _mm256_fmadd_ps(a, vector, *acc);
@@ -209,6 +211,7 @@ fn outer_tile<const R: usize, W: Widen>(
     }
     for (r, acc) in acc.into_iter().enumerate() {
         for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: as for the loads.
             unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(r * width + v * 8), acc) };
         }
     }

@@ -308,14 +308,16 @@ fn outer_tile<const R: usize, const V: usize, W: Widen>(
 ) -> usize {
     assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
     assert!(b.len() >= (depth - 1) * strides[0] + (V - 1) * strides[1] + 16);
-    // SAFETY (of all loads and stores): rows r < R and vectors v < V lie in the slices (asserted above).
     let mut acc: [[__m512; V]; R] = std::array::from_fn(|r| {
+        // SAFETY: V vectors of row r < R lie in the slice (asserted above).
         std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums.as_ptr().add(r * width + v * 16)) })
     });
     for k in 0..depth {
+        // SAFETY: V vectors of b[k], and a[r, k], lie in the slices (asserted above).
         let vectors: [__m512; V] =
             std::array::from_fn(|v| unsafe { W::load(b.as_ptr().add(k * strides[0] + v * strides[1])) });
         for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
             let a = _mm512_set1_ps(unsafe { *a.as_ptr().add(r * stride + k) });
             for (acc, vector) in acc.iter_mut().zip(vectors) {
                 *acc = _mm512_fmadd_ps(a, vector, *acc);
@@ -324,6 +326,7 @@ fn outer_tile<const R: usize, const V: usize, W: Widen>(
     }
     for (r, acc) in acc.into_iter().enumerate() {
         for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: as for the loads.
             unsafe { _mm512_storeu_ps(sums.as_mut_ptr().add(r * width + v * 16), acc) };
         }
     }

@@ -80,8 +80,8 @@ fn tile<const T: usize>(
         left if left >= LANES => u16::MAX,
         left => (1 << left) - 1,
     });
-    // SAFETY: the mask keeps to the `rows` sums of token t < T, which are in the slice (asserted above).
     let mut acc: [[__m512i; PANELS]; T] = std::array::from_fn(|t| {
+        // SAFETY: the mask keeps to the `rows` sums of token t < T, which are in the slice (asserted above).
         std::array::from_fn(|p| unsafe {
             _mm512_maskz_loadu_epi32(masks[p], sums.as_ptr().wrapping_add(t * stride + p * LANES))
         })
