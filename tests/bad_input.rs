@@ -492,7 +492,7 @@ fn wrong_usage_has_exit_code_2() {
 
 #[test]
 fn a_model_that_is_too_large_for_the_memory() {
-    let folder = scratch("too-large");
+    let folder = scratch("beyond-memory");
     let config = |layers: u64| {
         let config = format!(
             r#"{{"model_type": "bloom", "vocab_size": 1000, "hidden_size": 4096, "n_layer": {layers}, "n_head": 32}}"#
@@ -505,7 +505,7 @@ fn a_model_that_is_too_large_for_the_memory() {
     };
     config(1_000_000);
     let parts =
-        ["/too-large: int8 needs ", " TB of memory, but ", " is free", "hint: int8 with an int8 head", "--force"];
+        ["/beyond-memory: int8 needs ", " TB of memory, but ", " is free", "hint: int8 with an int8 head", "--force"];
     check_failure(&generate(&[]), 1, &parts);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);

@@ -457,17 +457,18 @@ fn a_token_reaches_the_endpoint_and_no_other_host() {
     fs::create_dir_all(setting.home.join(".cache/huggingface")).unwrap();
     fs::write(setting.home.join(".cache/huggingface/token"), "hf_login").unwrap();
     let file = file.to_str().unwrap();
-    let ways: [(&str, &[&str], &[(&str, &str)]); 4] = [
-        ("hf_flag", &["--token", "hf_flag"], &[("HF_TOKEN", "hf_variable")]),
-        ("hf_variable", &[], &[("HF_TOKEN", "hf_variable"), ("HF_TOKEN_PATH", file)]),
-        ("hf_file", &[], &[("HF_TOKEN_PATH", file)]),
-        ("hf_login", &[], &[]),
+    let (variable, path) = (("HF_TOKEN", "hf_variable"), ("HF_TOKEN_PATH", file));
+    let ways = [
+        ("hf_flag", vec!["--token", "hf_flag"], vec![variable]),
+        ("hf_variable", vec![], vec![variable, path]),
+        ("hf_file", vec![], vec![path]),
+        ("hf_login", vec![], vec![]),
     ];
     for (token, flags, variables) in ways {
         let _ = fs::remove_dir_all(setting.cache());
-        let args = [["download", "-q", "-m", ID].as_slice(), flags].concat();
+        let args = [["download", "-q", "-m", ID].as_slice(), &flags].concat();
         let mut command = setting.command(&args);
-        command.envs(variables.iter().copied());
+        command.envs(variables);
         check_folder(&setting.downloaded(&command.output().unwrap()), SINGLE, &["expected.safetensors"]);
         let asked = setting.server.take_requests();
         assert!(asked.iter().any(|request| request.is_store));
@@ -496,7 +497,7 @@ fn the_places_of_the_cache_are_those_of_pythons_tools() {
     assert!(
         run(&[], &[("XDG_CACHE_HOME", place("xdg"))]).starts_with(place("xdg/huggingface/hub/models--debian--tiny"))
     );
-    assert!(run(&[], &[home.clone()]).starts_with(place("home/hub/models--debian--tiny")));
+    assert!(run(&[], std::slice::from_ref(&home)).starts_with(place("home/hub/models--debian--tiny")));
     assert!(run(&[], &[home.clone(), cache.clone()]).starts_with(place("cache/models--debian--tiny")));
     let flag = run(&["--cache-dir", &place("flag")], &[home, cache]);
     assert!(flag.starts_with(place("flag/models--debian--tiny")));

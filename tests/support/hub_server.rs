@@ -256,7 +256,8 @@ impl Shared {
         };
         let is_allowed =
             repo.tokens.is_empty() || token.is_some_and(|token| repo.tokens.iter().any(|one| one == token));
-        if !is_allowed && !(is_api && repo.is_gated) {
+        let is_listed = is_api && repo.is_gated;
+        if !is_allowed && !is_listed {
             let (code, status) = if repo.is_gated {
                 ("GatedRepo", if token.is_some() { 403 } else { 401 })
             } else {
