@@ -187,9 +187,18 @@ pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(Progress
     Ok((bar, progress))
 }
 
-/// Loads the model, with a progress bar on a terminal.
+/// Loads the model, with a progress bar on a terminal. Ctrl-C ends the program between two tensors: there
+/// is nothing yet to be kept.
 pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
     let (bar, progress) = progress_bar("loading", output)?;
+    let cleared = bar.clone();
+    let progress = move |loaded: Progress| {
+        if interrupt::is_requested() {
+            cleared.finish_and_clear();
+            std::process::exit(interrupt::EXIT_CODE.into());
+        }
+        progress(loaded);
+    };
     let loaded = load(folder, &LoadOptions { precision, progress: Some(Box::new(progress)) });
     bar.finish_and_clear();
     let loaded = loaded?;
