@@ -10,7 +10,6 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear};
-use crate::names::TensorNames;
 use crate::outline::{Component, LongestContext, Outline, Parameters};
 use crate::weights::{Loader, Weights};
 
@@ -69,11 +68,6 @@ pub(crate) struct Bloom {
 
 impl Bloom {
     pub(crate) const MODEL_TYPE: &str = "bloom";
-    pub(crate) const TENSOR_NAMES: TensorNames = TensorNames {
-        prefixes: PREFIXES,
-        embedding: "word_embeddings",
-        linear_layers: &["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    };
 
     pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
         let shape = Shape::read(config)?;

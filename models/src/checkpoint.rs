@@ -152,14 +152,6 @@ impl Checkpoint {
         Error::missing_tensor(file, tensor, problem)
     }
 
-    /// All tensors, as they follow one another in the files.
-    pub(crate) fn in_file_order(&self) -> Vec<RawTensor<'_>> {
-        let mut tensors: Vec<_> =
-            self.tensors.iter().filter_map(|(name, file)| Some((*file, self.files[*file].tensor(name)?))).collect();
-        tensors.sort_by_key(|(file, tensor)| (*file, tensor.range.start));
-        tensors.into_iter().map(|(_, tensor)| tensor).collect()
-    }
-
     /// The first tensor whose full name begins with `prefix`.
     pub(crate) fn first_below(&self, prefix: &str) -> Option<RawTensor<'_>> {
         let (name, _) = self.tensors.range(prefix.to_string()..).next()?;

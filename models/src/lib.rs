@@ -38,7 +38,6 @@ mod generate;
 mod layers;
 mod ledger;
 mod load;
-mod names;
 mod opt;
 mod outline;
 mod precision;

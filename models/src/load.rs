@@ -10,7 +10,6 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::folder::ModelFolder;
 use crate::ledger::Ledger;
-use crate::names::TensorNames;
 use crate::opt::Opt;
 use crate::outline::Outline;
 use crate::precision::Precision;
@@ -114,14 +113,6 @@ impl Family {
         match self {
             Self::Bloom => Bloom::outline(config),
             Self::Opt => Opt::outline(config),
-        }
-    }
-
-    /// How its tensors are named.
-    pub(crate) fn tensor_names(&self) -> &'static TensorNames {
-        match self {
-            Self::Bloom => &Bloom::TENSOR_NAMES,
-            Self::Opt => &Opt::TENSOR_NAMES,
         }
     }
 

@@ -10,7 +10,6 @@ use crate::causal_lm::CausalLm;
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear, Linears};
-use crate::names::TensorNames;
 use crate::outline::{Component, LongestContext, Outline, Parameters};
 use crate::weights::{Loader, Weights};
 
@@ -125,11 +124,6 @@ pub(crate) struct Opt {
 
 impl Opt {
     pub(crate) const MODEL_TYPE: &str = "opt";
-    pub(crate) const TENSOR_NAMES: TensorNames = TensorNames {
-        prefixes: PREFIXES,
-        embedding: "embed_tokens",
-        linear_layers: &["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"],
-    };
 
     pub(crate) fn load(config: &Config, loader: &Loader) -> error::Result<Self> {
         let shape = Shape::read(config)?;

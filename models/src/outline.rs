@@ -43,6 +43,9 @@ impl Component {
     }
 }
 
+/// The module of the head, which stands under no prefix.
+pub(crate) const HEAD: &str = "lm_head";
+
 /// How a tensor is loaded, which decides what it is held in: the constructor of `Weights`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
@@ -69,6 +72,11 @@ pub(crate) struct Parameter {
 }
 
 impl Parameter {
+    /// The tensor's name under `path`.
+    pub(crate) fn name_under(&self, path: &str) -> String {
+        format!("{path}{}.{}", self.module, self.tensor)
+    }
+
     pub(crate) fn values(&self) -> u64 {
         self.shape.iter().map(|&size| size as u64).product()
     }
@@ -126,6 +134,20 @@ pub(crate) struct Outline {
     pub(crate) head: Parameters,
     pub(crate) hidden_size: usize,
     pub(crate) context: LongestContext,
+}
+
+impl Outline {
+    /// Every tensor, and its name where the names stand under `prefix`.
+    pub(crate) fn tensors(&self, prefix: &str) -> Vec<(String, &Parameter)> {
+        let mut tensors = Vec::new();
+        tensors.extend(self.outside.iter().map(|parameter| (parameter.name_under(prefix), parameter)));
+        for index in 0..self.num_layers {
+            let path = format!("{prefix}{}.{index}.", self.blocks);
+            tensors.extend(self.block.iter().map(|parameter| (parameter.name_under(&path), parameter)));
+        }
+        tensors.extend(self.head.iter().map(|parameter| (parameter.name_under(""), parameter)));
+        tensors
+    }
 }
 
 /// The longest sequence of a model.

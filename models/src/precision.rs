@@ -3,7 +3,7 @@
 use int8_ops::OUTLIER_THRESHOLD;
 
 use crate::error::{Error, Result};
-use crate::names::HEAD;
+use crate::outline::HEAD;
 
 /// What the weights of the linear layers are held in.
 #[derive(Debug, Clone, PartialEq)]

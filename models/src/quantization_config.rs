@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::error::Result;
-use crate::names::HEAD;
+use crate::outline::HEAD;
 
 const KEY: &str = "quantization_config";
 

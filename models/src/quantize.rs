@@ -16,10 +16,10 @@ use crate::checkpoint::stored_int8::{ABSMAX, FORMAT, ROWS};
 use crate::checkpoint::writer::{CheckpointWriter, Layout, TensorSpec};
 use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, NOT_FOUND, Result};
 use crate::folder::ModelFolder;
 use crate::load::{Family, LoadOptions, Progress, load};
-use crate::names::{Role, TensorNames};
+use crate::outline::{Outline, Role};
 use crate::precision::{Int8Options, Precision};
 use crate::staging::Staging;
 
@@ -89,9 +89,9 @@ const PART_BYTES: usize = 1 << 25;
 pub fn quantize(folder: &ModelFolder, destination: &Path, options: &QuantizeOptions) -> Result<Quantized> {
     let start = Instant::now();
     let config = Config::read(folder)?;
-    let names = Family::of(&config)?.tensor_names();
+    let outline = Family::of(&config)?.outline(&config)?;
     let checkpoint = Checkpoint::open(folder)?;
-    let tensors = plan(&checkpoint, names, &config, &options.int8)?;
+    let tensors = plan(&checkpoint, &outline, config.stored_int8()?.is_some(), &options.int8)?;
     let kept = kept_in_16_bits(&tensors, &options.int8)?;
     let int8_weights = tensors.iter().filter(|tensor| matches!(tensor.form, Form::Int8)).count();
 
@@ -156,7 +156,7 @@ enum Form {
 impl Planned<'_> {
     /// The module of a weight.
     fn module(&self) -> &str {
-        self.name.strip_suffix(".weight").unwrap_or(&self.name)
+        module_of(&self.name)
     }
 
     /// The tensors to write.
@@ -175,46 +175,47 @@ impl Planned<'_> {
     }
 }
 
-/// What becomes of every tensor of the checkpoint that the model uses, in the order of the files.
+/// The module of the weight of this name.
+fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+/// What becomes of every tensor of the model, in the order of the files.
 fn plan<'a>(
     checkpoint: &'a Checkpoint,
-    names: &TensorNames,
-    config: &Config,
+    outline: &Outline,
+    is_stored_int8: bool,
     options: &Int8Options,
 ) -> Result<Vec<Planned<'a>>> {
-    let is_stored_int8 = config.stored_int8()?.is_some();
-    let is_tied = config.flag("tie_word_embeddings", true)?;
-    let prefix = names.prefix_in(checkpoint)?;
+    let prefix = checkpoint.prefix_of(outline.prefixes, outline.probe)?;
     let mut planned = Vec::new();
-    for source in checkpoint.in_file_order() {
-        let name = names.full_name(prefix, source.name);
-        let role = names.role(&name);
-        let is_int8 = source.dtype == Dtype::I8;
-        let is_float = source.check_float().is_ok();
-        // Masks and versions, which some checkpoints have, are no weights.
-        let is_unused = role == Role::Int8Part || role == Role::Head && is_tied || role == Role::Other && !is_float;
-        if is_unused {
-            continue;
+    for ((found, parameter), (name, _)) in outline.tensors(prefix).into_iter().zip(outline.tensors(outline.prefixes[0]))
+    {
+        let Some(source) = checkpoint.tensor(&found) else { return Err(checkpoint.missing(found, NOT_FOUND)) };
+        if source.shape != parameter.shape {
+            return Err(Error::wrong_shape(source.file, source.name, source.shape, &parameter.shape));
         }
-        if !is_int8 {
+        let is_int8 = source.dtype == Dtype::I8;
+        if !is_int8 || parameter.role == Role::Vector {
             source.check_float()?;
         }
-        let module = name.strip_suffix(".weight").unwrap_or(&name);
-        let becomes_int8 = source.shape.len() == 2
-            && match role {
-                // What an int8 checkpoint keeps in 16 bits stays so.
-                Role::Linear => !options.skips(module) && (is_int8 || !is_stored_int8),
-                Role::Embedding | Role::Head => options.has_int8_head(is_int8),
-                Role::Int8Part | Role::Other => false,
-            };
-        let form = match (becomes_int8, source.shape.len(), source.dtype) {
-            (true, ..) => Form::Int8,
-            (false, 2, Dtype::BF16) => Form::Half(Dtype::BF16),
-            (false, 2, _) => Form::Half(Dtype::F16),
-            _ => Form::Same,
+        let becomes_int8 = match parameter.role {
+            // What an int8 checkpoint keeps in 16 bits stays so.
+            Role::Linear => !options.skips(module_of(&name)) && (is_int8 || !is_stored_int8),
+            Role::Embedding => options.has_int8_head(is_int8),
+            Role::Table | Role::Vector => false,
         };
-        planned.push(Planned { source, name, role, form });
+        let form = match (becomes_int8, parameter.role, source.dtype) {
+            (true, ..) => Form::Int8,
+            (false, Role::Vector, _) => Form::Same,
+            (false, _, Dtype::BF16) => Form::Half(Dtype::BF16),
+            (false, ..) => Form::Half(Dtype::F16),
+        };
+        planned.push(Planned { source, name, role: parameter.role, form });
     }
+    planned.sort_by(|one, other| {
+        (one.source.file, one.source.range.start).cmp(&(other.source.file, other.source.range.start))
+    });
     Ok(planned)
 }
 

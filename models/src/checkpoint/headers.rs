@@ -8,10 +8,11 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::pytorch;
+use super::stored_int8::ABSMAX;
 use super::values::{FLOATS, is_float};
 use crate::error::{Error, NO_KNOWN_PREFIX, NOT_FOUND, Result};
 use crate::files::{WeightForm, weight_map};
-use crate::outline::{Outline, Parameter, Role};
+use crate::outline::{Outline, Role};
 
 /// Bytes that can be read from any place.
 pub trait ReadSeek: Read + Seek {}
@@ -149,22 +150,16 @@ impl TensorHeaders {
         {
             return Err(Error::extra_block(&self.files[tensor.file], name, outline.num_layers));
         }
-        let check = |prefix: &str, parameter: &Parameter| {
-            let module = format!("{prefix}{}.", parameter.module);
-            let dtype = self.find(format!("{module}{}", parameter.tensor), &parameter.shape, |dtype| {
+        for (name, parameter) in outline.tensors(prefix) {
+            let module = name.trim_end_matches(parameter.tensor).to_string();
+            let dtype = self.find(name, &parameter.shape, |dtype| {
                 is_float(dtype) || dtype == Dtype::I8 && parameter.role != Role::Vector
             })?;
-            match dtype {
-                Dtype::I8 => self.find(format!("{module}SCB"), &parameter.shape[..1], |dtype| dtype == Dtype::F32),
-                dtype => Ok(dtype),
+            if dtype == Dtype::I8 {
+                self.find(format!("{module}{ABSMAX}"), &parameter.shape[..1], |dtype| dtype == Dtype::F32)?;
             }
-        };
-        outline.outside.iter().try_for_each(|parameter| check(prefix, parameter).map(drop))?;
-        outline.head.iter().try_for_each(|parameter| check("", parameter).map(drop))?;
-        (0..outline.num_layers).try_for_each(|index| {
-            let prefix = format!("{blocks}{index}.");
-            outline.block.iter().try_for_each(|parameter| check(&prefix, parameter).map(drop))
-        })
+        }
+        Ok(())
     }
 
     /// The dtype of the tensor of that name, which must have that shape, and a dtype that is allowed.
@@ -178,7 +173,7 @@ impl TensorHeaders {
             return Err(Error::wrong_shape(file, &name, &tensor.shape, shape));
         }
         if !is_allowed(tensor.dtype) {
-            let wanted = if name.ends_with(".SCB") { "F32" } else { FLOATS };
+            let wanted = if name.ends_with(ABSMAX) { "F32" } else { FLOATS };
             return Err(Error::wrong_dtype(file, &name, tensor.dtype, wanted));
         }
         Ok(tensor.dtype)
