@@ -513,7 +513,7 @@ fn a_model_that_is_too_large_for_the_memory() {
     check_failure(
         &generate(&["--precision", "f16"]),
         1,
-        &["f16 needs ", "hint: --precision int8 needs ", "which would fit"],
+        &["f16 needs ", "hint: generate --precision int8 needs ", "which would fit"],
     );
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);

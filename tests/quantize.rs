@@ -178,6 +178,19 @@ fn a_checkpoint_that_is_damaged_leaves_nothing_behind() {
 }
 
 #[test]
+fn footprint_knows_what_an_int8_checkpoint_keeps() {
+    let source = fixtures().join("tiny-bloom");
+    for (name, flags) in [("head", ["--int8-head"].as_slice()), ("skip", &["--skip-module", "h.1"])] {
+        let folder = place(&format!("footprint-{name}"));
+        let folder = folder.to_str().unwrap();
+        succeeds(&[&["quantize", "-q", "-m", source.to_str().unwrap(), "-o", folder], flags].concat());
+        let footprint = json_of(&["footprint", "--json", "-q", "-m", folder]);
+        let run = json_of(&["generate", "--json", "-q", "-n", "1", "--prompt-ids", "5", "-m", folder]);
+        assert_eq!(footprint["precisions"]["int8"]["total_bytes"], run["memory"]["weight_bytes"], "{name}");
+    }
+}
+
+#[test]
 fn wrong_usage_is_told() {
     let place = place("usage");
     let place = place.to_str().unwrap();

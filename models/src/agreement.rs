@@ -26,7 +26,9 @@ impl Agreement {
             self.divergence += log_probability.exp() * (log_probability - (f64::from(logit) - log_sum));
             let difference = (reference - logit).abs();
             self.difference += f64::from(difference);
-            self.max_difference = self.max_difference.max(difference);
+            if difference.is_nan() || difference > self.max_difference {
+                self.max_difference = difference;
+            }
         }
         self.values += reference.len();
     }
@@ -44,8 +46,9 @@ impl Agreement {
     /// The Kullback-Leibler divergence of the compared distribution from the one compared with, in
     /// nats, on average over the positions.
     pub fn mean_kl(&self) -> f64 {
-        // Rounding may leave a little less than nothing.
-        (self.divergence / self.positions.max(1) as f64).max(0.0)
+        let mean = self.divergence / self.positions.max(1) as f64;
+        // Rounding may leave a little less than nothing; what is no number stays so.
+        if mean < 0.0 { 0.0 } else { mean }
     }
 
     /// The average difference of two logits.

@@ -12,17 +12,17 @@ use crate::error::Result;
 use crate::folder::ModelFolder;
 use crate::load::Family;
 use crate::outline::{Component, LongestContext, Outline, Parameter, Parameters, Role};
-use crate::precision::Precision;
+use crate::precision::{Int8Options, Precision, is_skipped};
+use crate::quantization_config::StoredInt8;
 
 /// The sizes of a model.
 #[derive(Debug)]
 pub struct Footprint {
     architecture: &'static str,
     outline: Outline,
+    /// What the checkpoint says of itself if it was saved in int8.
+    stored_int8: Option<StoredInt8>,
 }
-
-/// The most parameters that are believed; the largest published models have 1e12.
-const MAX_PARAMETERS: u128 = 1 << 48;
 
 impl Footprint {
     /// The sizes of the model in `folder`, of which only config.json is read.
@@ -32,14 +32,7 @@ impl Footprint {
         let config = Config::read(folder)?;
         let family = Family::of(&config)?;
         let outline = family.outline(&config)?;
-        // Each size was believed; their products are checked before anything is summed up in 64 bits.
-        let parameters = |list: &Parameters| list.iter().map(|p| u128::from(p.values())).sum::<u128>();
-        let Outline { outside, block, head, num_layers, .. } = &outline;
-        let all = parameters(outside) + parameters(head) + parameters(block) * *num_layers as u128;
-        if all > MAX_PARAMETERS {
-            return Err(config.problem(format!("calls for {all} parameters, wanted {MAX_PARAMETERS} at most")));
-        }
-        Ok(Self { architecture: family.name(), outline })
+        Ok(Self { architecture: family.name(), outline, stored_int8: config.stored_int8()? })
     }
 
     /// `bloom` or `opt`.
@@ -57,7 +50,7 @@ impl Footprint {
     /// The bytes of the weights as they are held in memory.
     pub fn weights(&self, precision: &Precision) -> WeightBytes {
         let mut bytes = self.outside(precision);
-        match blocks_are_alike(precision) {
+        match self.has_equal_blocks(precision) {
             true => bytes.add(&self.block(0, precision), self.outline.num_layers as u64),
             false => (0..self.outline.num_layers).for_each(|index| bytes.add(&self.block(index, precision), 1)),
         }
@@ -92,7 +85,8 @@ impl Footprint {
         let mut devices = 1;
         let first_block = self.block(0, precision).total();
         for index in 0..self.outline.num_layers {
-            let block = if blocks_are_alike(precision) { first_block } else { self.block(index, precision).total() };
+            let block =
+                if self.has_equal_blocks(precision) { first_block } else { self.block(index, precision).total() };
             let needed = block.saturating_add(cache);
             if needed > free {
                 devices += 1;
@@ -113,8 +107,8 @@ impl Footprint {
     fn outside(&self, precision: &Precision) -> WeightBytes {
         let mut bytes = WeightBytes::default();
         let prefix = self.outline.prefixes[0];
-        self.outline.outside.iter().for_each(|parameter| bytes.enter(parameter, prefix, precision));
-        self.outline.head.iter().for_each(|parameter| bytes.enter(parameter, "", precision));
+        self.outline.outside.iter().for_each(|parameter| self.enter(&mut bytes, parameter, prefix, precision));
+        self.outline.head.iter().for_each(|parameter| self.enter(&mut bytes, parameter, "", precision));
         bytes
     }
 
@@ -122,14 +116,38 @@ impl Footprint {
     fn block(&self, index: usize, precision: &Precision) -> WeightBytes {
         let mut bytes = WeightBytes::default();
         let prefix = format!("{}{}.{index}.", self.outline.prefixes[0], self.outline.blocks);
-        self.outline.block.iter().for_each(|parameter| bytes.enter(parameter, &prefix, precision));
+        self.outline.block.iter().for_each(|parameter| self.enter(&mut bytes, parameter, &prefix, precision));
         bytes
     }
-}
 
-/// Whether every block takes the same: they differ by the modules that are skipped in them.
-fn blocks_are_alike(precision: &Precision) -> bool {
-    !matches!(precision, Precision::Int8(options) if !options.skip_modules.is_empty())
+    /// Whether every block takes the same: they differ by the modules that are skipped in them.
+    fn has_equal_blocks(&self, precision: &Precision) -> bool {
+        let is_stored_equal = self.stored_int8.as_ref().is_none_or(|stored| stored.skip_modules.is_empty());
+        let is_equal = |options: &Int8Options| options.skip_modules.is_empty() && is_stored_equal;
+        !matches!(precision, Precision::Int8(options) if !is_equal(options))
+    }
+
+    /// Enters a parameter as `Weights` loads it.
+    fn enter(&self, bytes: &mut WeightBytes, parameter: &Parameter, prefix: &str, precision: &Precision) {
+        let stored = self.stored_int8.as_ref();
+        let is_int8 = match (precision, parameter.role) {
+            (Precision::Int8(options), Role::Linear) => {
+                let module = format!("{prefix}{}", parameter.module);
+                !options.skips(&module) && stored.is_none_or(|stored| !is_skipped(&module, &stored.skip_modules))
+            }
+            (Precision::Int8(options), Role::Embedding) => {
+                options.has_int8_head(stored.is_some_and(|stored| stored.has_int8_head))
+            }
+            _ => false,
+        };
+        if is_int8 {
+            bytes.0[parameter.component as usize] += parameter.values();
+            bytes.0[Component::Scales as usize] += (parameter.shape[0] * DType::F32.size_in_bytes()) as u64;
+            return;
+        }
+        let dtype = if *precision == Precision::F32 { DType::F32 } else { DType::F16 };
+        bytes.0[parameter.component as usize] += parameter.values() * dtype.size_in_bytes() as u64;
+    }
 }
 
 /// Bytes of weights, by component.
@@ -149,21 +167,5 @@ impl WeightBytes {
 
     fn add(&mut self, other: &Self, times: u64) {
         self.0.iter_mut().zip(other.0).for_each(|(bytes, other)| *bytes += other * times);
-    }
-
-    /// Enters a parameter as `Weights` loads it.
-    fn enter(&mut self, parameter: &Parameter, prefix: &str, precision: &Precision) {
-        let is_int8 = match (precision, parameter.role) {
-            (Precision::Int8(options), Role::Linear) => !options.skips(&format!("{prefix}{}", parameter.module)),
-            (Precision::Int8(options), Role::Embedding) => options.has_int8_head(false),
-            _ => false,
-        };
-        if is_int8 {
-            self.0[parameter.component as usize] += parameter.values();
-            self.0[Component::Scales as usize] += (parameter.shape[0] * DType::F32.size_in_bytes()) as u64;
-            return;
-        }
-        let dtype = if *precision == Precision::F32 { DType::F32 } else { DType::F16 };
-        self.0[parameter.component as usize] += parameter.values() * dtype.size_in_bytes() as u64;
     }
 }

@@ -110,10 +110,12 @@ impl Family {
 
     /// The tensors that loading reads, and what the cache grows with.
     pub(crate) fn outline(&self, config: &Config) -> Result<Outline> {
-        match self {
+        let outline = match self {
             Self::Bloom => Bloom::outline(config),
             Self::Opt => Opt::outline(config),
-        }
+        }?;
+        outline.check_size(config)?;
+        Ok(outline)
     }
 
     fn load(self, config: &Config, loader: &Loader) -> Result<Box<dyn CausalLm>> {

@@ -1,6 +1,9 @@
 //! What a config.json alone says of a model: its tensors and the sizes of its cache. The tensors are
 //! listed beside the code that loads them, in `bloom.rs` and `opt.rs`.
 
+use crate::config::Config;
+use crate::error::Result;
+
 /// The part of a model that bytes are counted under.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Component {
@@ -138,17 +141,30 @@ pub(crate) struct Outline {
 
 impl Outline {
     /// Every tensor, and its name where the names stand under `prefix`.
-    pub(crate) fn tensors(&self, prefix: &str) -> Vec<(String, &Parameter)> {
-        let mut tensors = Vec::new();
-        tensors.extend(self.outside.iter().map(|parameter| (parameter.name_under(prefix), parameter)));
-        for index in 0..self.num_layers {
-            let path = format!("{prefix}{}.{index}.", self.blocks);
-            tensors.extend(self.block.iter().map(|parameter| (parameter.name_under(&path), parameter)));
+    pub(crate) fn tensors<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (String, &'a Parameter)> {
+        let named = |path: String, list: &'a Parameters| {
+            list.iter().map(move |parameter| (parameter.name_under(&path), parameter))
+        };
+        let block = move |index| named(format!("{prefix}{}.{index}.", self.blocks), &self.block);
+        let blocks = (0..self.num_layers).flat_map(block);
+        named(prefix.to_string(), &self.outside).chain(blocks).chain(named(String::new(), &self.head))
+    }
+
+    /// An error when a config calls for more parameters than are believed: each size was, but sums in 64
+    /// bits would overflow.
+    pub(crate) fn check_size(&self, config: &Config) -> Result<()> {
+        let parameters = |list: &Parameters| list.iter().map(|p| u128::from(p.values())).sum::<u128>();
+        let blocks = parameters(&self.block) * self.num_layers as u128;
+        let all = parameters(&self.outside) + parameters(&self.head) + blocks;
+        if all > MAX_PARAMETERS {
+            return Err(config.problem(format!("calls for {all} parameters, wanted {MAX_PARAMETERS} at most")));
         }
-        tensors.extend(self.head.iter().map(|parameter| (parameter.name_under(""), parameter)));
-        tensors
+        Ok(())
     }
 }
+
+/// The most parameters that are believed; the largest published models have 1e12.
+const MAX_PARAMETERS: u128 = 1 << 48;
 
 /// The longest sequence of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

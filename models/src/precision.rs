@@ -39,7 +39,7 @@ impl Default for Int8Options {
 impl Int8Options {
     /// Whether the linear layer of this full name is to be kept in 16 bits.
     pub(crate) fn skips(&self, module: &str) -> bool {
-        self.skip_modules.iter().any(|skip| matches(module, skip))
+        is_skipped(module, &self.skip_modules)
     }
 
     /// Whether the embedding and the head are held in int8, given whether the checkpoint has them so.
@@ -55,6 +55,11 @@ impl Int8Options {
         let examples = names.iter().take(4).map(AsRef::as_ref).collect::<Vec<_>>().join(", ");
         Err(Error::SkipModule { name: name.clone(), examples })
     }
+}
+
+/// Whether the linear layer of this full name is one of `skip_modules`.
+pub(crate) fn is_skipped(module: &str, skip_modules: &[String]) -> bool {
+    skip_modules.iter().any(|skip| matches(module, skip))
 }
 
 /// Whether `skip` is the module's name or a run of whole parts of it.

@@ -10,11 +10,18 @@ use crate::outline::HEAD;
 const KEY: &str = "quantization_config";
 
 /// What an int8 checkpoint says of itself.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StoredInt8 {
     /// The outlier threshold it was saved with; `None` for no decomposition.
     pub threshold: Option<f32>,
+    /// The linear layers that it keeps in 16 bits, as in [`Int8Options`](crate::Int8Options).
+    pub skip_modules: Vec<String>,
+    /// Whether the embedding and the head are in int8 too, which is a form of our own.
+    pub has_int8_head: bool,
 }
+
+/// The method's name where the embedding is in int8 too.
+const INT8_HEAD_METHOD: &str = "llm8";
 
 impl Config {
     /// What the checkpoint says of itself if it was saved in int8.
@@ -34,7 +41,13 @@ impl Config {
                 }
             },
         };
-        Ok(Some(StoredInt8 { threshold: (threshold > 0.0).then_some(threshold) }))
+        let skipped = value("llm_int8_skip_modules").and_then(Value::as_array).into_iter().flatten();
+        let skip_modules = skipped.filter_map(Value::as_str).filter(|module| *module != HEAD).map(str::to_string);
+        Ok(Some(StoredInt8 {
+            threshold: (threshold > 0.0).then_some(threshold),
+            skip_modules: skip_modules.collect(),
+            has_int8_head: value("quant_method").and_then(Value::as_str) == Some(INT8_HEAD_METHOD),
+        }))
     }
 
     /// The whole config with what Transformers needs to know of int8 weights: the threshold, the full
@@ -54,7 +67,7 @@ impl Config {
             kept => [HEAD].into_iter().chain(kept.iter().map(String::as_str)).collect(),
         };
         let quantization = json!({
-            "quant_method": if has_int8_head { "llm8" } else { "bitsandbytes" },
+            "quant_method": if has_int8_head { INT8_HEAD_METHOD } else { "bitsandbytes" },
             "load_in_8bit": true,
             "load_in_4bit": false,
             "_load_in_8bit": true,

@@ -103,6 +103,8 @@ pub fn quantize(folder: &ModelFolder, destination: &Path, options: &QuantizeOpti
         tensors.iter().any(|tensor| tensor.role == Role::Embedding && matches!(tensor.form, Form::Int8));
     let config = config.with_int8(options.int8.threshold, &kept, has_int8_head, is_bf16);
 
+    let companions = COMPANIONS.iter().map(|name| Ok((name, folder.read(name)?))).collect::<Result<Vec<_>>>()?;
+
     let staging = Staging::new(destination)?;
     staging.check_space(bytes)?;
     let mut output = Output {
@@ -117,8 +119,8 @@ pub fn quantize(folder: &ModelFolder, destination: &Path, options: &QuantizeOpti
     let Output { writer, .. } = output;
     writer.finish().map_err(|error| staging.unwritable(error))?;
     staging.write(Config::FILE, format!("{:#}\n", Value::Object(config)).as_bytes())?;
-    for name in COMPANIONS {
-        if let Some(content) = folder.read(name)? {
+    for (name, content) in companions {
+        if let Some(content) = content {
             staging.write(name, &content)?;
         }
     }
@@ -189,8 +191,7 @@ fn plan<'a>(
 ) -> Result<Vec<Planned<'a>>> {
     let prefix = checkpoint.prefix_of(outline.prefixes, outline.probe)?;
     let mut planned = Vec::new();
-    for ((found, parameter), (name, _)) in outline.tensors(prefix).into_iter().zip(outline.tensors(outline.prefixes[0]))
-    {
+    for ((found, parameter), (name, _)) in outline.tensors(prefix).zip(outline.tensors(outline.prefixes[0])) {
         let Some(source) = checkpoint.tensor(&found) else { return Err(checkpoint.missing(found, NOT_FOUND)) };
         if source.shape != parameter.shape {
             return Err(Error::wrong_shape(source.file, source.name, source.shape, &parameter.shape));

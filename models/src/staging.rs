@@ -38,6 +38,14 @@ impl Staging {
                 }
             }
         }
+        // A link is followed: the folder that it leads to is the one to write.
+        let resolved = match destination.symlink_metadata() {
+            Ok(_) => destination.canonicalize(),
+            Err(_) => Ok(destination.to_path_buf()),
+        };
+        let Ok(destination) = resolved.as_deref() else {
+            return Err(problem("is a link to nothing".to_string(), "give the name of a new folder"));
+        };
         let Some(name) = destination.file_name() else {
             return Err(problem("is not the name of a folder".to_string(), "give the name of a new folder"));
         };
@@ -45,6 +53,10 @@ impl Staging {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
             _ => PathBuf::from("."),
         };
+        if is_mount_point(destination, &parent) {
+            let hint = "give the name of a new folder inside it";
+            return Err(problem("is a mount point, which cannot be replaced".to_string(), hint));
+        }
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(name);
         let mut builder = tempfile::Builder::new();
@@ -112,10 +124,24 @@ impl Staging {
             if self.destination.exists() {
                 fs::remove_dir(&self.destination)?;
             }
-            fs::rename(self.path(), &self.destination)?;
-            sync(&self.parent)
+            fs::rename(self.path(), &self.destination)
         };
-        publish().map_err(|error| self.unwritable(error))
+        publish().map_err(|error| self.unwritable(error))?;
+        // The folder is there; a parent that may not be read cannot be synced, and is some time later.
+        let _ = sync(&self.parent);
+        Ok(())
         // The temporary name no longer exists when it is dropped, which is no error.
     }
+}
+
+/// Whether a folder that is there is on another file system than its parent.
+#[cfg(unix)]
+fn is_mount_point(folder: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    folder.metadata().is_ok_and(|folder| parent.metadata().is_ok_and(|parent| folder.dev() != parent.dev()))
+}
+
+#[cfg(not(unix))]
+fn is_mount_point(_folder: &Path, _parent: &Path) -> bool {
+    false
 }

@@ -210,6 +210,8 @@ pub struct GenerateArgs {
 }
 
 /// Run a model at 16 bits and at int8 in turn, and show what int8 saves and what it costs.
+///
+/// Without a prompt a sample text is gone on from; `-` reads one from stdin.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 pub struct CompareArgs {

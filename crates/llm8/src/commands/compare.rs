@@ -39,7 +39,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         let both = [baseline.clone(), int8];
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
-        model::check_memory(folder, at_once, &args.machine)
+        model::check_memory(folder, at_once, &args.machine, "generate")
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let text = prompt.codec(&folder)?;

@@ -17,7 +17,7 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
     let check = |folder: &ModelFolder| {
-        model::check_memory(folder, &[model::precision(&args.precision, folder)?], &args.machine)
+        model::check_memory(folder, &[model::precision(&args.precision, folder)?], &args.machine, "generate")
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let precision = model::precision(&args.precision, &folder)?;

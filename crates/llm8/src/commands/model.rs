@@ -129,8 +129,13 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
 const CONTEXT: usize = 2048;
 
 /// An error when the memory that is free is too little for the model in `folder` at these precisions at
-/// once, unless the arguments say to go on; it names a precision that would fit.
-pub fn check_memory(folder: &ModelFolder, precisions: &[Precision], args: &MachineArgs) -> anyhow::Result<()> {
+/// once, unless the arguments say to go on; it names a precision that would fit, as flags of `command`.
+pub fn check_memory(
+    folder: &ModelFolder,
+    precisions: &[Precision],
+    args: &MachineArgs,
+    command: &str,
+) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
     let cache = footprint.kv_cache(CONTEXT.min(footprint.longest_context().tokens()));
     let needs = |precision: &Precision| footprint.weights(precision).total() + cache;
@@ -145,9 +150,13 @@ pub fn check_memory(folder: &ModelFolder, precisions: &[Precision], args: &Machi
         ("--precision int8 --int8-head", int8(true)),
     ];
     let least = needs(&int8(true));
-    let hint = match smaller.iter().find(|(_, precision)| needs(precision) <= memory.available) {
+    let apart =
+        precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= memory.available);
+    let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= memory.available);
+    let hint = match smaller {
+        _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, precision)) => {
-            format!("{flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
+            format!("{command} {flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
         }
         None => format!("int8 with an int8 head, which is the least, needs {}", output::precise_bytes(least)),
     };

@@ -14,7 +14,8 @@ pub fn html(report: &Report) -> String {
         &html! {
             h1 { (f16.model) }
             p { "The weights take " (crate::output::bytes(int8.memory.weight_bytes)) " at " (int8.precision) ", "
-                (format!("{:.2}", report.ratio)) " times less than at " (f16.precision) "." }
+                (format!("{:.2}", f16.memory.weight_bytes as f64 / int8.memory.weight_bytes as f64))
+                " times less than at " (f16.precision) "." }
             (bars(report))
             h2 { "Figures" }
             div class="wide" { table {
@@ -60,10 +61,10 @@ fn bars(report: &Report) -> Markup {
     }
 }
 
-/// A run's text; what comes after the two part is marked.
+/// A run's text, and where it parts from the other.
 fn text(run: &Run, first_difference: Option<usize>) -> Markup {
     let note = match first_difference {
-        Some(index) => format!("{}, from token {index} on another", run.precision),
+        Some(index) => format!("{}: the two part at token {index}", run.precision),
         None => run.precision.to_string(),
     };
     html! { h3 { (note) } pre { (run.text) } }
