@@ -60,6 +60,11 @@ impl KvCache {
         self.len == 0
     }
 
+    /// Forgets all tokens but the first `len`, whose room is kept for others.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     /// Bytes that the cache has taken, room for further tokens included.
     pub fn bytes(&self) -> usize {
         self.layers.iter().flatten().map(AttentionCache::bytes).sum()

@@ -5,6 +5,7 @@ mod pickle;
 mod pytorch;
 pub(crate) mod rows;
 mod safetensors;
+mod source;
 pub(crate) mod stored_int8;
 mod values;
 pub(crate) mod writer;

@@ -126,6 +126,11 @@ impl Error {
         Self::Tensor { file: file.to_path_buf(), tensor: tensor.to_string(), problem, hint: None }
     }
 
+    pub(crate) fn no_memory(file: &Path, tensor: &str, bytes: usize) -> Self {
+        let problem = format!("there is no memory for the {bytes} bytes that it takes");
+        Self::Tensor { file: file.to_path_buf(), tensor: tensor.to_string(), problem, hint: None }
+    }
+
     pub(crate) fn not_in_shard(shard: &Path, tensor: &str, index: &str) -> Self {
         let problem = format!("not in the file, though {index} says so");
         let hint = Some("the shards and their index do not belong together: fetch them again".to_string());

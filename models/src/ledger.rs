@@ -17,11 +17,16 @@ pub struct LedgerEntry {
     pub values: usize,
     /// The bytes it takes as it was loaded, scales included.
     pub bytes: usize,
+    /// The bytes of it that a step of one token reads: all, or one row where it is only looked up.
+    pub bytes_per_token: usize,
+    /// The products of int8 codes that each token takes with it; 0 for what is not multiplied in int8. The
+    /// head is left out: it runs on the last token only.
+    pub int8_products_per_token: usize,
 }
 
 impl Ledger {
-    pub(crate) fn enter(&mut self, name: &str, values: usize, bytes: usize) {
-        self.entries.push(LedgerEntry { name: name.to_string(), values, bytes });
+    pub(crate) fn enter(&mut self, entry: LedgerEntry) {
+        self.entries.push(entry);
     }
 
     /// One entry a tensor, in the order of loading.
@@ -37,5 +42,15 @@ impl Ledger {
     /// The bytes that the same weights take with 16 bits each.
     pub fn bytes_at_16_bits(&self) -> usize {
         self.entries.iter().map(|entry| entry.values * DType::F16.size_in_bytes()).sum()
+    }
+
+    /// The bytes of weights that a step of one token reads, the head included.
+    pub fn bytes_per_token(&self) -> usize {
+        self.entries.iter().map(|entry| entry.bytes_per_token).sum()
+    }
+
+    /// The products of int8 codes that each token takes, those of the head aside.
+    pub fn int8_products_per_token(&self) -> usize {
+        self.entries.iter().map(|entry| entry.int8_products_per_token).sum()
     }
 }

@@ -4,6 +4,7 @@
 //!
 //! - [`ModelFolder`]: the files of a model, on disk or inside the program.
 //! - [`load()`]: config.json, then every tensor in the chosen [`Precision`]; the model is a [`CausalLm`].
+//!   [`load_dummy()`] needs the config alone, and draws weights at random.
 //! - [`quantize()`]: a checkpoint becomes an int8 checkpoint on disk, which loads as it lies there.
 //! - [`TextCodec`]: text to token ids and back, streamed.
 //! - [`Footprint`]: the bytes it would take, from config.json alone; [`published()`] has those of the
@@ -30,6 +31,7 @@ mod bytes;
 mod causal_lm;
 mod checkpoint;
 mod config;
+mod dummy;
 mod error;
 mod files;
 mod folder;
@@ -45,6 +47,7 @@ mod published;
 mod quantization_config;
 mod quantize;
 mod score;
+mod source;
 mod staging;
 mod text;
 mod weights;
@@ -53,6 +56,7 @@ pub use agreement::Agreement;
 pub use attention::{CacheDtype, KvCache};
 pub use causal_lm::CausalLm;
 pub use checkpoint::{ReadSeek, TensorHeaders, WeightFiles};
+pub use dummy::load_dummy;
 pub use error::{Error, Result};
 pub use files::{WeightForm, small_files};
 pub use folder::ModelFolder;

@@ -14,6 +14,7 @@ use crate::opt::Opt;
 use crate::outline::Outline;
 use crate::precision::Precision;
 use crate::quantization_config::StoredInt8;
+use crate::source::Source;
 use crate::weights::Loader;
 
 /// How a model is loaded.
@@ -50,22 +51,32 @@ pub struct Loaded {
 ///
 /// Errors name the file, and the tensor in full, and say what was found and what was wanted.
 pub fn load(folder: &ModelFolder, options: &LoadOptions) -> Result<Loaded> {
+    load_from(folder, options, || Checkpoint::open(folder))
+}
+
+/// Loads the model that config.json in `folder` describes, its tensors from what `open` gives.
+pub(crate) fn load_from<S: Source>(
+    folder: &ModelFolder,
+    options: &LoadOptions,
+    open: impl FnOnce() -> Result<S>,
+) -> Result<Loaded> {
     let start = Instant::now();
     let config = Config::read(folder)?;
     let family = Family::of(&config)?;
     let generation = Config::read_generation(folder)?;
     let eos = [generation.as_ref(), Some(&config)].into_iter().flatten().map(|config| config.token_ids("eos_token_id"));
     let eos = eos.collect::<Result<Vec<_>>>()?.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default();
-    let checkpoint = Checkpoint::open(folder)?;
-    let (bytes, total_bytes) = (Cell::new(0), checkpoint.bytes());
+    let source = open()?;
+    let (bytes, total_bytes) = (Cell::new(0), source.stored_bytes());
     let loaded = |tensor_bytes: usize| {
         bytes.set(bytes.get() + tensor_bytes);
         if let Some(progress) = &options.progress {
             progress(Progress { bytes: bytes.get(), total_bytes });
         }
     };
-    let is_stored_int8 = config.stored_int8()?.is_some();
-    let loader = Loader::new(&checkpoint, &options.precision, is_stored_int8, &loaded);
+    let is_stored_int8 = source.is_as_config_says() && config.stored_int8()?.is_some();
+    let is_head_tied = family.outline(&config)?.head.iter().next().is_none();
+    let loader = Loader::new(&source, &options.precision, is_stored_int8, is_head_tied, &loaded);
     let model = family.load(&config, &loader)?;
     let ledger = loader.finish()?;
     Ok(Loaded { model, ledger, eos, duration: start.elapsed() })

@@ -13,6 +13,7 @@ mod avx512;
 mod avx_vnni;
 #[cfg(target_arch = "x86_64")]
 mod elementwise;
+pub mod limits;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;

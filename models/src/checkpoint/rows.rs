@@ -27,6 +27,15 @@ pub(crate) trait Float: WithDType {
 
     /// Rounds `values` into `out`, which is as long.
     fn narrow(values: &[f32], out: &mut [Self]);
+
+    /// `len` zeros; where the system has no memory for them, which would end the program, their bytes.
+    fn try_zeros(len: usize) -> Result<Vec<Self>, usize> {
+        let bytes = len * Self::DTYPE.size_in_bytes();
+        match Vec::<u8>::new().try_reserve_exact(bytes) {
+            Ok(()) => Ok(Self::zeros(len)),
+            Err(_) => Err(bytes),
+        }
+    }
 }
 
 impl Float for f32 {
