@@ -1,6 +1,6 @@
 //! What every causal language model here is made of.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use crate::attention::KvCache;
 
@@ -56,6 +56,20 @@ pub trait CausalLm: Send + Sync {
             hidden = self.block(index, &hidden, cache)?;
         }
         self.final_norm(&hidden).map(Some)
+    }
+
+    /// The logits (batch, 1, vocabulary) of what comes after `batch` sequences of one length, whose ids follow
+    /// one another in `ids` and what is in the cache; `None` as above. The head runs on last positions only.
+    fn next_logits(
+        &self,
+        ids: &[u32],
+        batch: usize,
+        cache: &mut KvCache,
+        is_interrupted: fn() -> bool,
+    ) -> Result<Option<Tensor>> {
+        let tokens = Tensor::from_slice(ids, (batch, ids.len() / batch.max(1)), &Device::Cpu)?;
+        let Some(hidden) = self.hidden_states(&tokens, cache, is_interrupted)? else { return Ok(None) };
+        self.head(&hidden.narrow(1, hidden.dim(1)? - 1, 1)?).map(Some)
     }
 
     /// The logits (batch, tokens, vocabulary) at every position of token ids (batch, tokens) in `U32`

@@ -26,6 +26,8 @@ pub enum Command {
     Download(DownloadArgs),
     /// Write a model's weights in int8, to load in a moment.
     Quantize(Box<QuantizeArgs>),
+    /// Measure how fast a model is here, and what share of the machine's limits that is.
+    Bench(Box<BenchArgs>),
 }
 
 /// Which model.
@@ -55,7 +57,7 @@ pub struct PrecisionArgs {
 }
 
 /// How LLM.int8() is done.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Precision")]
 pub struct Int8Args {
     /// Magnitude from which a feature of the activations is an outlier and stays in float; 0 keeps
@@ -77,13 +79,24 @@ pub struct Int8Args {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Machine")]
 pub struct MachineArgs {
+    #[command(flatten)]
+    pub processor: ProcessorArgs,
+
+    /// Threads to compute with [default: all cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(THREADS))]
+    pub threads: Option<u16>,
+}
+
+/// How many threads can be asked for.
+const THREADS: std::ops::RangeInclusive<i64> = 1..=1024;
+
+/// What to compute on.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Machine")]
+pub struct ProcessorArgs {
     /// Where to run: auto or cpu. A build with CUDA support, for cuda and cuda:N, is still to come.
     #[arg(long, default_value = "auto", value_parser = device)]
     pub device: Device,
-
-    /// Threads to compute with [default: all cores].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
 
     /// Go on though the memory that is free seems too little for the model.
     #[arg(long)]
@@ -154,7 +167,7 @@ pub enum Device {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
-    /// Write one JSON object to stdout instead of text.
+    /// Write JSON to stdout instead of text.
     #[arg(long)]
     pub json: bool,
 
@@ -306,6 +319,70 @@ pub struct QuantizeArgs {
     pub output: OutputArgs,
 }
 
+/// Measure how fast a model is here: the prompt and the tokens after it apart, and what share of the
+/// machine's own limits that is.
+///
+/// Where an option takes several values, separated by commas, every combination is measured. A prompt's speed
+/// is a share of the int8 products that the processor can do, that of the tokens after it of the bytes that
+/// can be read from memory; both limits are measured in the same run, with the same threads.
+#[derive(Debug, clap::Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Draw the weights at random instead of loading them: a folder needs to hold only config.json, and
+    /// published models are known by name.
+    #[arg(long, help_heading = "Model")]
+    pub dummy_weights: bool,
+
+    /// What the weights of the linear layers are held in.
+    #[arg(long, value_enum, default_values_t = [PrecisionName::Int8], value_delimiter = ',', help_heading = "Precision")]
+    pub precision: Vec<PrecisionName>,
+
+    #[command(flatten)]
+    pub int8: Int8Args,
+
+    /// Tokens of the prompt; 0 measures no prompt.
+    #[arg(long, value_name = "N", default_values_t = [512], value_delimiter = ',', value_parser = tokens)]
+    pub prompt_len: Vec<usize>,
+
+    /// Tokens to generate one by one; 0 generates none.
+    #[arg(long, value_name = "N", default_values_t = [64], value_delimiter = ',', value_parser = tokens)]
+    pub gen_len: Vec<usize>,
+
+    /// Tokens that are in the cache before the first of those is generated.
+    #[arg(long, value_name = "N", default_values_t = [0], value_delimiter = ',', value_parser = tokens)]
+    pub context: Vec<usize>,
+
+    /// Sequences that are run together.
+    #[arg(long, value_name = "N", default_values_t = [1], value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub batch: Vec<u16>,
+
+    /// How often each is measured, after a run that warms up; the median counts.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    pub repetitions: u16,
+
+    /// Threads to compute with [default: all cores].
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(THREADS))]
+    #[arg(help_heading = "Machine")]
+    pub threads: Vec<u16>,
+
+    #[command(flatten)]
+    pub processor: ProcessorArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+
+    /// Write comma-separated values with a header line to stdout instead of text.
+    #[arg(long, conflicts_with = "json", help_heading = "Output")]
+    pub csv: bool,
+
+    /// The one of several numbers of threads that this process is for; the rows go to stdout as JSON.
+    #[arg(long, hide = true)]
+    pub only_threads: Option<u16>,
+}
+
 /// How tokens are chosen, and when to stop.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Generation")]
@@ -364,6 +441,12 @@ pub struct DownloadArgs {
 
 fn token_id(text: &str) -> Result<u32, String> {
     text.trim().parse().map_err(|_| "wanted token ids, such as 2,45,7".to_string())
+}
+
+/// A number of tokens.
+fn tokens(text: &str) -> Result<usize, String> {
+    const MAX: usize = 1 << 20;
+    text.trim().parse().ok().filter(|count| *count <= MAX).ok_or_else(|| format!("wanted a number from 0 to {MAX}"))
 }
 
 /// A finite number for which `holds` is true; `wanted` says what that is.

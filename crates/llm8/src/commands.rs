@@ -1,5 +1,6 @@
 //! One file a command; `model`, `prompt` and `report` are what several share.
 
+pub mod bench;
 pub mod compare;
 pub mod download;
 pub mod footprint;

@@ -60,13 +60,17 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(is_closed_pipe) {
         return ExitCode::SUCCESS;
     }
-    let failure = error.downcast_ref::<Failure>();
-    let code = failure.map_or(1, |failure| failure.code);
+    let code = error.downcast_ref::<Failure>().map_or(1, |failure| failure.code);
     let kind = if code == interrupt::EXIT_CODE { "interrupted" } else { "error" };
     output::say(&format!("{kind}: {}", format!("{error:#}").replace('\n', "\\n")));
-    let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| error.downcast_ref::<Error>()?.hint());
-    if let Some(hint) = hint {
+    if let Some(hint) = hint(error) {
         output::say(&format!("hint: {}", hint.replace('\n', "\\n")));
     }
     ExitCode::from(code)
+}
+
+/// What to do about the error, where there is something to say.
+pub fn hint(error: &anyhow::Error) -> Option<String> {
+    let of_failure = error.downcast_ref::<Failure>().and_then(|failure| failure.hint.clone());
+    of_failure.or_else(|| error.downcast_ref::<Error>()?.hint())
 }

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Compare(args) => commands::compare::run(args),
         Command::Download(args) => commands::download::run(args),

@@ -9,16 +9,15 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{Footprint, ModelFolder, TensorHeaders, published};
+use int8_models::{Footprint, TensorHeaders};
 
 use super::model;
 use crate::args::FootprintArgs;
-use crate::hub::{self, Hub, RemoteFiles};
-use crate::{demo, output};
+use crate::output;
 use report::Report;
 
 pub fn run(args: FootprintArgs) -> anyhow::Result<ExitCode> {
-    let (folder, remote) = folder(&args)?;
+    let (folder, remote) = model::config_folder(&args.model, args.quiet)?;
     let footprint = Footprint::of(&folder)?;
     let headers = match &remote {
         Some(remote) => TensorHeaders::read(remote)?,
@@ -37,28 +36,4 @@ pub fn run(args: FootprintArgs) -> anyhow::Result<ExitCode> {
     let text = if args.json { serde_json::to_string(&report)? } else { text::table(&report) };
     writeln!(std::io::stdout(), "{text}").context("stdout")?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The folder of the model's config, and where its weight files are if they are not there: a folder on
-/// disk, a published model's config inside the program, a model on the Hub, or without a name the
-/// demonstration model, which is said.
-fn folder(args: &FootprintArgs) -> anyhow::Result<(ModelFolder, Option<RemoteFiles>)> {
-    let Some(path) = &args.model.model else {
-        if !args.quiet {
-            output::say("No model given: this is the small demonstration model inside the program.");
-        }
-        return Ok((demo::folder(), None));
-    };
-    let Some(id) = hub::id_of(path) else {
-        model::check_local(&args.model.hub)?;
-        return Ok((ModelFolder::open(path)?, None));
-    };
-    // A published model's shape is known; of a revision that is asked for, it may be another.
-    match published(id).filter(|_| args.model.hub.revision.is_none()) {
-        Some(folder) => Ok((folder, None)),
-        None => {
-            let (folder, remote) = Hub::new(id, &args.model.hub, args.quiet)?.headers()?;
-            Ok((ModelFolder::open(folder)?, remote))
-        }
-    }
 }

@@ -5,21 +5,22 @@ use std::io::IsTerminal;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
     Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load,
-    stored_int8,
+    load_dummy, published, stored_int8,
 };
 use int8_ops::cpu::Kernels;
 
 use crate::args::{
-    Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, SamplingArgs,
+    Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, ProcessorArgs,
+    SamplingArgs,
 };
 use crate::demo;
 use crate::failure::Failure;
-use crate::hub::{self, Hub};
+use crate::hub::{self, Hub, RemoteFiles};
 use crate::{interrupt, machine, output};
 
 /// Sets up threads and kernels as the arguments say.
 pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
-    if let Device::Cuda(_) = args.device {
+    if let Device::Cuda(_) = args.processor.device {
         let failure = Failure::new("this llm8 has no CUDA support");
         return Err(failure.with_hint("leave out --device, or give --device cpu").into());
     }
@@ -31,7 +32,7 @@ pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
     rayon::ThreadPoolBuilder::new().build_global().map_err(|error| {
         Failure::new(format!("threads cannot be started: {error}")).with_hint("ask for fewer with --threads")
     })?;
-    if let Some(name) = args.instruction_set.as_deref().filter(|name| !name.is_empty()) {
+    if let Some(name) = args.processor.instruction_set.as_deref().filter(|name| !name.is_empty()) {
         Kernels::select(name).map_err(|error| {
             let hint = "leave out --instruction-set, and the variable LLM8_INSTRUCTION_SET, for the fastest";
             // A Candle error may carry a backtrace.
@@ -81,6 +82,30 @@ pub fn folder(
         output::say(&format!("architecture {architecture}"));
     }
     Ok(folder)
+}
+
+/// A folder with the model's config.json at least, and where its weight files are if they are not there: a
+/// folder on disk, a published model's config inside the program, a model on the Hub, or without a name the
+/// demonstration model, which is said.
+pub fn config_folder(args: &ModelArgs, quiet: bool) -> anyhow::Result<(ModelFolder, Option<RemoteFiles>)> {
+    let Some(path) = &args.model else {
+        if !quiet {
+            output::say("No model given: this is the small demonstration model inside the program.");
+        }
+        return Ok((demo::folder(), None));
+    };
+    let Some(id) = hub::id_of(path) else {
+        check_local(&args.hub)?;
+        return Ok((ModelFolder::open(path)?, None));
+    };
+    // A published model's shape is known; of a revision that is asked for, it may be another.
+    match published(id).filter(|_| args.hub.revision.is_none()) {
+        Some(folder) => Ok((folder, None)),
+        None => {
+            let (folder, remote) = Hub::new(id, &args.hub, quiet)?.headers()?;
+            Ok((ModelFolder::open(folder)?, remote))
+        }
+    }
 }
 
 /// An error when flags that only models on the Hub have are given with a folder.
@@ -137,8 +162,20 @@ pub fn check_memory(
     command: &str,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
-    let cache = footprint.kv_cache(CONTEXT.min(footprint.longest_context().tokens()));
-    let needs = |precision: &Precision| footprint.weights(precision).total() + cache;
+    let tokens = CONTEXT.min(footprint.longest_context().tokens());
+    check_memory_for(tokens, folder, precisions, &args.processor)
+}
+
+/// The same for so many tokens in the cache.
+pub fn check_memory_for(
+    tokens: usize,
+    folder: &ModelFolder,
+    precisions: &[Precision],
+    args: &ProcessorArgs,
+) -> anyhow::Result<()> {
+    let footprint = Footprint::of(folder)?;
+    let cache = footprint.kv_cache(tokens);
+    let needs = |precision: &Precision| footprint.weights(precision).total().saturating_add(cache);
     let needed: u64 = precisions.iter().map(needs).sum();
     let Some(memory) = machine::memory().filter(|memory| needed > memory.available && !args.force) else {
         return Ok(());
@@ -199,7 +236,25 @@ pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(Progress
 /// Loads the model, with a progress bar on a terminal. Ctrl-C ends the program between two tensors: there
 /// is nothing yet to be kept.
 pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
-    let (bar, progress) = progress_bar("loading", output)?;
+    with_progress("loading", precision, output, |options| load(folder, options))
+}
+
+/// Makes the model with random weights, with a progress bar on a terminal, and Ctrl-C as above.
+pub fn load_dummy_with_progress(
+    folder: &ModelFolder,
+    precision: Precision,
+    output: &OutputArgs,
+) -> anyhow::Result<Loaded> {
+    with_progress("drawing", precision, output, |options| load_dummy(folder, options))
+}
+
+fn with_progress(
+    what: &str,
+    precision: Precision,
+    output: &OutputArgs,
+    load: impl FnOnce(&LoadOptions) -> int8_models::Result<Loaded>,
+) -> anyhow::Result<Loaded> {
+    let (bar, progress) = progress_bar(what, output)?;
     let cleared = bar.clone();
     let progress = move |loaded: Progress| {
         if interrupt::is_requested() {
@@ -208,7 +263,7 @@ pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &O
         }
         progress(loaded);
     };
-    let loaded = load(folder, &LoadOptions { precision, progress: Some(Box::new(progress)) });
+    let loaded = load(&LoadOptions { precision, progress: Some(Box::new(progress)) });
     bar.finish_and_clear();
     let loaded = loaded?;
     if output.verbose {

@@ -1,0 +1,192 @@
+//! `llm8 bench`: how fast a model is here, and what share of the machine's limits that is.
+
+mod limits;
+mod measure;
+mod report;
+mod text;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::Context;
+use int8_models::{Footprint, LongestContext, ModelFolder, Precision, published};
+use int8_ops::cpu::Kernels;
+
+use super::model;
+use crate::args::{BenchArgs, MachineArgs, PrecisionArgs, PrecisionName};
+use crate::failure::{self, Failure};
+use crate::{interrupt, output};
+use limits::Limits;
+use measure::{Bench, Test};
+use report::{Load, Row};
+
+pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    check(args)?;
+    let rows = match (args.only_threads, args.threads.as_slice()) {
+        (None, threads @ [_, _, ..]) => match in_processes_of_their_own(args, threads)? {
+            Ok(rows) => rows,
+            Err(code) => return Ok(code),
+        },
+        (only, threads) => measure(args, only.or(threads.first().copied()))?,
+    };
+    let text = match () {
+        () if args.output.json || args.only_threads.is_some() => serde_json::to_string(&rows)?,
+        () if args.csv => text::csv(&rows)?,
+        () => text::table(&rows),
+    };
+    writeln!(std::io::stdout(), "{}", text.trim_end()).context("stdout")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An error when what is asked for makes no sense, whatever the model.
+fn check(args: &BenchArgs) -> anyhow::Result<()> {
+    if !args.precision.contains(&PrecisionName::Int8) {
+        model::check_flags(&precision_args(args, args.precision[0]))?;
+    }
+    if tests(args).is_empty() {
+        return Err(Failure::usage("--prompt-len 0 and --gen-len 0 leave nothing to measure").into());
+    }
+    Ok(())
+}
+
+/// Every combination of what is to be measured of a loaded model.
+fn tests(args: &BenchArgs) -> Vec<Test> {
+    let mut tests = Vec::new();
+    for batch in args.batch.iter().map(|&batch| batch.into()) {
+        for &prompt_len in args.prompt_len.iter().filter(|&&len| len > 0) {
+            tests.push(Test::Prefill { batch, prompt_len });
+        }
+        for &context in &args.context {
+            for &gen_len in args.gen_len.iter().filter(|&&len| len > 0) {
+                tests.push(Test::Decode { batch, context, gen_len });
+            }
+        }
+    }
+    tests
+}
+
+fn precision_args(args: &BenchArgs, precision: PrecisionName) -> PrecisionArgs {
+    PrecisionArgs { precision, int8: args.int8.clone() }
+}
+
+fn precisions(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<Vec<Precision>> {
+    args.precision.iter().map(|&name| model::precision(&precision_args(args, name), folder)).collect()
+}
+
+/// Measures each number of threads in a process of its own, as a pool of threads is started once; each has
+/// its own memory peak, too. The exit code when one has failed, which it has told.
+fn in_processes_of_their_own(args: &BenchArgs, threads: &[u16]) -> anyhow::Result<Result<Vec<Row>, ExitCode>> {
+    // What is not here is fetched once.
+    folder(args)?;
+    let program = std::env::current_exe().context("the program cannot find itself")?;
+    let mut rows = Vec::new();
+    for count in threads {
+        // The arguments begin with the command.
+        let (command, rest) = (std::env::args_os().nth(1), std::env::args_os().skip(2));
+        let only: [OsString; 2] = ["--only-threads".into(), count.to_string().into()];
+        let mut child = Command::new(&program);
+        child.args(command).args(only).args(rest).stdout(Stdio::piped()).stdin(Stdio::null());
+        let output = child.spawn().and_then(|child| child.wait_with_output()).context("starting the program again")?;
+        if !output.status.success() {
+            return Ok(Err(ExitCode::from(output.status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))));
+        }
+        rows.extend(serde_json::from_slice::<Vec<Row>>(&output.stdout).context("the figures of another process")?);
+    }
+    Ok(Ok(rows))
+}
+
+/// Measures everything with one number of threads.
+fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
+    model::set_up(&MachineArgs { processor: args.processor.clone(), threads })?;
+    let folder = folder(args)?;
+    interrupt::listen(args.output.quiet);
+    let (tests, precisions) = (tests(args), precisions(args, &folder)?);
+
+    // Before and after: the machine may be busy with other things at one of the times.
+    let mut limits = Limits::measure();
+    let mut measured = Vec::new();
+    for precision in &precisions {
+        let (load, figures) = measure_precision(args, &folder, precision, &tests)?;
+        measured.push((precision, load, figures));
+    }
+    limits = limits.best(Limits::measure());
+    let name = model::name(&args.model);
+    let rows = measured.iter().flat_map(|(precision, load, figures)| {
+        figures.iter().map(|figures| Row::new(&name, precision, load, figures, &limits))
+    });
+    Ok(rows.collect())
+}
+
+/// Loads the model in one precision, and runs every test.
+fn measure_precision(
+    args: &BenchArgs,
+    folder: &ModelFolder,
+    precision: &Precision,
+    tests: &[Test],
+) -> anyhow::Result<(Load, Vec<measure::Figures>)> {
+    output::reset_peak_rss();
+    let loaded = match args.dummy_weights {
+        true => model::load_dummy_with_progress(folder, precision.clone(), &args.output)?,
+        false => model::load_with_progress(folder, precision.clone(), &args.output)
+            .map_err(|error| with_dummy_hint(error, !weights_are_missing(folder)))?,
+    };
+    let load = Load::new(args.dummy_weights, &loaded);
+    let bench = Bench { model: loaded.model.as_ref(), repetitions: args.repetitions.into() };
+    let mut all = Vec::new();
+    for test in tests {
+        let figures = bench.measure(test)?;
+        if !args.output.quiet {
+            let rate = text::rate(figures.tokens_per_second().median);
+            let (threads, kernels) = (rayon::current_num_threads(), Kernels::active().name);
+            output::say(&format!("{} with {threads} threads, {kernels}: {test}: {rate} tokens/s", precision.name()));
+        }
+        all.push(figures);
+    }
+    Ok((load, all))
+}
+
+/// The folder of the model; for random weights its config alone.
+fn folder(args: &BenchArgs) -> anyhow::Result<ModelFolder> {
+    if args.dummy_weights {
+        let (folder, _) = model::config_folder(&args.model, args.output.quiet)?;
+        check_model(args, &folder)?;
+        return Ok(folder);
+    }
+    let is_published =
+        args.model.model.as_ref().and_then(|model| model.to_str()).is_some_and(|id| published(id).is_some());
+    let folder = model::folder(&args.model, &args.output, |folder| check_model(args, folder));
+    folder.map_err(|error| with_dummy_hint(error, !is_published))
+}
+
+/// Whether the folder has no file of weights.
+fn weights_are_missing(folder: &ModelFolder) -> bool {
+    int8_models::WeightForm::choose(|name| folder.path().join(name).exists()).is_none()
+}
+
+/// The error with a hint that says that weights are not needed, unless that is `beside_the_point`.
+fn with_dummy_hint(error: anyhow::Error, beside_the_point: bool) -> anyhow::Error {
+    if beside_the_point || interrupt::is_requested() {
+        return error;
+    }
+    let dummy = "--dummy-weights measures the model with random weights";
+    let hint = failure::hint(&error).map_or(dummy.to_string(), |hint| format!("{hint}; or {dummy}"));
+    Failure::new(format!("{error:#}")).with_hint(hint).into()
+}
+
+/// An error when the model in `folder` has not as many positions as a test takes, or when there is too
+/// little memory for it.
+fn check_model(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<()> {
+    let tests = tests(args);
+    let longest = tests.iter().map(Test::tokens).max().unwrap_or(0);
+    if let LongestContext::Positions(positions) = Footprint::of(folder)?.longest_context()
+        && longest > positions
+    {
+        let failure = Failure::new(format!("{longest} tokens are to be run, but the model has {positions} positions"));
+        return Err(failure.with_hint("lower --prompt-len, --context or --gen-len").into());
+    }
+    let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
+    precisions(args, folder)?
+        .into_iter()
+        .try_for_each(|precision| model::check_memory_for(cached, folder, &[precision], &args.processor))
+}

@@ -1,0 +1,170 @@
+//! The runs that are timed.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use int8_models::{CausalLm, Error, KvCache};
+
+use crate::failure::Failure;
+use crate::{interrupt, output};
+
+/// Tokens that warm up before tokens are generated one by one.
+const WARM_UP: usize = 4;
+
+/// One thing to measure, of sequences of one length.
+#[derive(Debug, Clone, Copy)]
+pub enum Test {
+    /// A prompt as a whole, up to the logits of the token after it.
+    Prefill { batch: usize, prompt_len: usize },
+    /// Tokens one by one after those in the cache.
+    Decode { batch: usize, context: usize, gen_len: usize },
+}
+
+impl Test {
+    pub fn batch(&self) -> usize {
+        match *self {
+            Self::Prefill { batch, .. } | Self::Decode { batch, .. } => batch,
+        }
+    }
+
+    /// The tokens of each sequence at its end.
+    pub fn tokens(&self) -> usize {
+        match *self {
+            Self::Prefill { prompt_len, .. } => prompt_len,
+            Self::Decode { context, gen_len, .. } => context + gen_len,
+        }
+    }
+}
+
+impl fmt::Display for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Prefill { prompt_len, .. } => write!(f, "prompt of {prompt_len}")?,
+            Self::Decode { gen_len, context: 0, .. } => write!(f, "{gen_len} tokens")?,
+            Self::Decode { gen_len, context, .. } => write!(f, "{gen_len} tokens after {context}")?,
+        }
+        match self.batch() {
+            1 => Ok(()),
+            batch => write!(f, " x {batch}"),
+        }
+    }
+}
+
+/// What a test has taken.
+#[derive(Debug)]
+pub struct Figures {
+    pub test: Test,
+    /// Of each repetition.
+    pub seconds: Vec<f64>,
+    /// The process's largest memory while the test ran.
+    pub peak_rss_bytes: Option<usize>,
+}
+
+/// A figure of several repetitions.
+#[derive(Debug, Clone, Copy)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let (middle, last) = (values.len() / 2, values.len() - 1);
+        let median = (values[middle] + values[last - middle]) / 2.0;
+        Self { median, min: values[0], max: values[last] }
+    }
+}
+
+impl Figures {
+    /// Tokens of all sequences together.
+    pub fn tokens_per_second(&self) -> Spread {
+        let per_sequence = match self.test {
+            Test::Prefill { prompt_len, .. } => prompt_len,
+            Test::Decode { gen_len, .. } => gen_len,
+        };
+        let tokens = (self.test.batch() * per_sequence) as f64;
+        Spread::of(self.seconds.iter().map(|seconds| tokens / seconds).collect())
+    }
+
+    pub fn median_seconds(&self) -> f64 {
+        Spread::of(self.seconds.clone()).median
+    }
+}
+
+/// A loaded model to measure.
+pub struct Bench<'a> {
+    pub model: &'a dyn CausalLm,
+    pub repetitions: usize,
+}
+
+impl Bench<'_> {
+    /// Runs a test as often as asked for, after a run that warms up. Token ids are drawn at random, the same
+    /// at every run.
+    pub fn measure(&self, test: &Test) -> anyhow::Result<Figures> {
+        output::reset_peak_rss();
+        let mut random = Rng::with_seed(0);
+        let seconds = match *test {
+            Test::Prefill { batch, prompt_len } => self.prefill(batch, prompt_len, &mut random)?,
+            Test::Decode { batch, context, gen_len } => self.decode(batch, context, gen_len, &mut random)?,
+        };
+        let seconds = seconds.iter().map(Duration::as_secs_f64).collect();
+        Ok(Figures { test: *test, seconds, peak_rss_bytes: output::peak_rss_bytes() })
+    }
+
+    fn prefill(&self, batch: usize, prompt_len: usize, random: &mut Rng) -> anyhow::Result<Vec<Duration>> {
+        let mut durations = Vec::new();
+        for _ in 0..=self.repetitions {
+            let ids = self.ids(batch * prompt_len, random);
+            let start = Instant::now();
+            self.step(&ids, batch, &mut KvCache::new(self.model.num_layers()))?;
+            durations.push(start.elapsed());
+        }
+        durations.remove(0);
+        Ok(durations)
+    }
+
+    fn decode(&self, batch: usize, context: usize, gen_len: usize, random: &mut Rng) -> anyhow::Result<Vec<Duration>> {
+        let mut cache = KvCache::new(self.model.num_layers());
+        if context > 0 {
+            self.step(&self.ids(batch * context, random), batch, &mut cache)?;
+        }
+        let mut generate = |len: usize| -> anyhow::Result<Duration> {
+            cache.truncate(context);
+            let start = Instant::now();
+            for _ in 0..len {
+                self.step(&self.ids(batch, random), batch, &mut cache)?;
+            }
+            Ok(start.elapsed())
+        };
+        generate(WARM_UP.min(gen_len))?;
+        (0..self.repetitions).map(|_| generate(gen_len)).collect()
+    }
+
+    /// One pass up to the logits, as generation does it.
+    fn step(&self, ids: &[u32], batch: usize, cache: &mut KvCache) -> anyhow::Result<()> {
+        let logits = self.model.next_logits(ids, batch, cache, interrupt::is_requested).map_err(Error::from)?;
+        logits.map(drop).ok_or_else(|| Failure::interrupted("nothing was measured").into())
+    }
+
+    /// Token ids (batch * len).
+    fn ids(&self, count: usize, random: &mut Rng) -> Vec<u32> {
+        (0..count).map(|_| random.u32(..self.model.vocab_size() as u32)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        for (values, median) in [(vec![3.0], 3.0), (vec![4.0, 1.0], 2.5), (vec![9.0, 1.0, 2.0], 2.0)] {
+            assert_eq!(Spread::of(values).median, median);
+        }
+        let spread = Spread::of(vec![5.0, 1.0, 2.0, 3.0]);
+        assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.5, 5.0));
+    }
+}

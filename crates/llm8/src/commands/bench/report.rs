@@ -1,0 +1,136 @@
+//! One row a test; serialised, it is what `--json` and `--csv` write.
+
+use int8_models::{Loaded, Precision};
+use int8_ops::cpu::Kernels;
+use serde::{Deserialize, Serialize};
+
+use super::limits::Limits;
+use super::measure::{Figures, Test};
+use crate::output;
+
+/// What a test has found.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Row {
+    pub model: String,
+    /// Whether the weights are random ones.
+    pub dummy_weights: bool,
+    pub precision: String,
+    pub int8_head: bool,
+    pub threads: usize,
+    pub instruction_set: String,
+    /// `prefill` or `decode`.
+    pub test: String,
+    pub batch: usize,
+    /// 0 in `decode`, as `gen_len` and `context` are in `prefill`.
+    pub prompt_len: usize,
+    pub gen_len: usize,
+    /// Tokens in the cache before the first that is generated.
+    pub context: usize,
+    pub repetitions: usize,
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+    /// `tokens/s`, of all sequences of the batch together.
+    pub unit: String,
+    /// What the machine's limit allows, in the same unit; null where it is not known.
+    pub limit: Option<f64>,
+    /// The median's.
+    pub share_of_limit: Option<f64>,
+    /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it.
+    pub limited_by: Option<String>,
+    /// From a prompt to the logits of its first token; null in `decode`.
+    pub first_token_seconds: Option<f64>,
+    /// From one token to the next; null in `prefill`.
+    pub token_seconds: Option<f64>,
+    pub load_seconds: f64,
+    /// Null where the system does not tell, as `peak_rss_bytes`.
+    pub load_peak_rss_bytes: Option<usize>,
+    /// While the test ran.
+    pub peak_rss_bytes: Option<usize>,
+    pub weight_bytes: usize,
+    /// The bytes of weights that a step reads: all but tables that are looked up.
+    pub weight_bytes_per_token: usize,
+    /// Two for each product of codes, those of the head aside.
+    pub int8_operations_per_token: usize,
+    /// Bytes a second.
+    pub read_bandwidth: f64,
+    /// Operations a second; null where the instruction set has no dot product of codes.
+    pub int8_dot_peak: Option<f64>,
+}
+
+/// What is known of a model once it is loaded.
+#[derive(Debug)]
+pub struct Load {
+    dummy_weights: bool,
+    seconds: f64,
+    peak_rss_bytes: Option<usize>,
+    weight_bytes: usize,
+    weight_bytes_per_token: usize,
+    int8_operations_per_token: usize,
+}
+
+impl Load {
+    /// To be called before anything else takes memory.
+    pub fn new(dummy_weights: bool, loaded: &Loaded) -> Self {
+        Self {
+            dummy_weights,
+            seconds: loaded.duration.as_secs_f64(),
+            peak_rss_bytes: output::peak_rss_bytes(),
+            weight_bytes: loaded.ledger.bytes(),
+            weight_bytes_per_token: loaded.ledger.bytes_per_token(),
+            int8_operations_per_token: 2 * loaded.ledger.int8_products_per_token(),
+        }
+    }
+}
+
+impl Row {
+    pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures, limits: &Limits) -> Self {
+        let speed = figures.tokens_per_second();
+        let seconds = figures.median_seconds();
+        let batch = figures.test.batch();
+        // A step reads the weights once for all sequences; every token of a prompt has its own products.
+        let (test, prompt_len, gen_len, context, limit, limited_by) = match figures.test {
+            Test::Prefill { prompt_len, .. } => {
+                let operations = load.int8_operations_per_token as f64;
+                let limit = limits.int8_dot_peak.filter(|_| operations > 0.0).map(|peak| peak / operations);
+                ("prefill", prompt_len, 0, 0, limit, "int8_dot_peak")
+            }
+            Test::Decode { context, gen_len, .. } => {
+                let steps = limits.read_bandwidth / load.weight_bytes_per_token as f64;
+                ("decode", 0, gen_len, context, Some(steps * batch as f64), "read_bandwidth")
+            }
+        };
+        let is_prefill = gen_len == 0;
+        Self {
+            model: model.to_string(),
+            dummy_weights: load.dummy_weights,
+            precision: precision.name().to_string(),
+            int8_head: matches!(precision, Precision::Int8(options) if options.head),
+            threads: rayon::current_num_threads(),
+            instruction_set: Kernels::active().name.to_string(),
+            test: test.to_string(),
+            batch,
+            prompt_len,
+            gen_len,
+            context,
+            repetitions: figures.seconds.len(),
+            median: speed.median,
+            min: speed.min,
+            max: speed.max,
+            unit: "tokens/s".to_string(),
+            limit,
+            share_of_limit: limit.map(|limit| speed.median / limit),
+            limited_by: limit.map(|_| limited_by.to_string()),
+            first_token_seconds: is_prefill.then_some(seconds),
+            token_seconds: (!is_prefill).then(|| seconds / gen_len as f64),
+            load_seconds: load.seconds,
+            load_peak_rss_bytes: load.peak_rss_bytes,
+            peak_rss_bytes: figures.peak_rss_bytes,
+            weight_bytes: load.weight_bytes,
+            weight_bytes_per_token: load.weight_bytes_per_token,
+            int8_operations_per_token: load.int8_operations_per_token,
+            read_bandwidth: limits.read_bandwidth,
+            int8_dot_peak: limits.int8_dot_peak,
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The rows as a table for a terminal, and as comma-separated values.
+
+use anyhow::Context;
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::report::Row;
+use crate::output::{precise_bytes, thousands};
+
+/// Columns that hold words, and are not set to the right.
+const WORDS: [&str; 2] = ["", "test"];
+
+pub fn table(rows: &[Row]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    let heading = ["", "threads", "batch", "test", "tokens/s", "min", "max", "first token", "a token", "of the limit"];
+    table.add_row(heading);
+    table.add_rows(rows.iter().map(|row| {
+        [
+            precision(row),
+            row.threads.to_string(),
+            row.batch.to_string(),
+            test(row),
+            rate(row.median),
+            rate(row.min),
+            rate(row.max),
+            row.first_token_seconds.map_or(String::new(), seconds),
+            row.token_seconds.map_or(String::new(), seconds),
+            row.share_of_limit.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0)),
+        ]
+    }));
+    for (column, heading) in table.column_iter_mut().zip(heading) {
+        if !WORDS.contains(&heading) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    [heading_line(rows), table.trim_fmt(), loads(rows), limits(rows)].join("\n\n")
+}
+
+fn heading_line(rows: &[Row]) -> String {
+    let Some(row) = rows.first() else { return String::new() };
+    let weights = if row.dummy_weights { ", random weights" } else { "" };
+    let runs = if row.repetitions == 1 { "1 run".to_string() } else { format!("medians of {} runs", row.repetitions) };
+    format!("{}{weights}, {runs}", row.model)
+}
+
+fn precision(row: &Row) -> String {
+    if row.int8_head { format!("{} + head", row.precision) } else { row.precision.clone() }
+}
+
+fn test(row: &Row) -> String {
+    match (row.test.as_str(), row.context) {
+        ("prefill", _) => format!("prompt of {}", row.prompt_len),
+        (_, 0) => format!("{} tokens", row.gen_len),
+        (_, context) => format!("{} tokens after {context}", row.gen_len),
+    }
+}
+
+/// What each load took, a line for each that there was.
+fn loads(rows: &[Row]) -> String {
+    let mut lines = Vec::<String>::new();
+    for group in rows.chunk_by(|one, other| one.threads == other.threads && precision(one) == precision(other)) {
+        let row = &group[0];
+        let bytes = |bytes: usize| precise_bytes(bytes as u64);
+        let peak = group.iter().filter_map(|row| row.peak_rss_bytes).max();
+        let peaks = match (row.load_peak_rss_bytes, peak) {
+            (Some(load), Some(peak)) => format!(", at most {} while loading and {} after", bytes(load), bytes(peak)),
+            _ => String::new(),
+        };
+        lines.push(format!(
+            "{}, {} threads: weights {}, {} read for each token, loaded in {}{peaks}",
+            precision(row),
+            row.threads,
+            bytes(row.weight_bytes),
+            bytes(row.weight_bytes_per_token),
+            seconds(row.load_seconds),
+        ));
+    }
+    lines.join("\n")
+}
+
+/// The machine's limits with each number of threads.
+fn limits(rows: &[Row]) -> String {
+    let groups = rows.chunk_by(|one, other| one.threads == other.threads);
+    let lines = groups.map(|group| {
+        let row = &group[0];
+        let dots = match row.int8_dot_peak {
+            Some(peak) => format!("{} billion int8 operations", thousands((peak / 1e9).round() as u64)),
+            None => "no dot product of codes".to_string(),
+        };
+        let bandwidth = precise_bytes(row.read_bandwidth as u64);
+        format!("The limits of {} threads, {}: {bandwidth} read a second; {dots}", row.threads, row.instruction_set)
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Three digits, or all before the point.
+pub fn rate(rate: f64) -> String {
+    let digits = match rate {
+        99.95.. => 0,
+        9.995.. => 1,
+        _ => 2,
+    };
+    format!("{rate:.digits$}")
+}
+
+/// A time in the unit that suits it.
+fn seconds(seconds: f64) -> String {
+    match seconds {
+        ..1e-3 => format!("{:.0} µs", seconds * 1e6),
+        ..1.0 => format!("{} ms", rate(seconds * 1e3)),
+        _ => format!("{} s", rate(seconds)),
+    }
+}
+
+/// A header line, then a line for each row; what is null is empty.
+pub fn csv(rows: &[Row]) -> anyhow::Result<String> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    rows.iter().try_for_each(|row| writer.serialize(row))?;
+    let bytes = writer.into_inner().map_err(|error| error.into_error()).context("comma-separated values")?;
+    Ok(String::from_utf8(bytes)?)
+}
