@@ -4,6 +4,7 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{Device, Tensor};
 use int8_models::{
@@ -23,9 +24,10 @@ const FIXTURES: [&str; 7] = [
     "bnb/opt/bnb_int8",
 ];
 
-/// A folder with the config of a fixture and nothing else.
+/// A folder with the config of a fixture and nothing else, for one test.
 fn config_alone(name: &str) -> PathBuf {
-    let folder = scratch(&name.replace('/', "-"));
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let folder = scratch(&format!("{}-{}", name.replace('/', "-"), COUNT.fetch_add(1, Ordering::Relaxed)));
     fs::copy(fixtures().join(name).join("config.json"), folder.join("config.json")).unwrap();
     folder
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Kernels;
 
 /// Passes over the buffer; the fastest counts, as others share the machine's memory.
-const READ_PASSES: usize = 12;
+const READ_PASSES: usize = 10;
 /// Runs of products; the fastest counts.
 const DOT_RUNS: usize = 5;
 /// Steps of every chain of products in a run: some milliseconds.

@@ -11,7 +11,6 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
 use int8_models::{Footprint, LongestContext, ModelFolder, Precision, published};
-use int8_ops::cpu::Kernels;
 
 use super::model;
 use crate::args::{BenchArgs, MachineArgs, PrecisionArgs, PrecisionName};
@@ -138,8 +137,8 @@ fn measure_precision(
         let figures = bench.measure(test)?;
         if !args.output.quiet {
             let rate = text::rate(figures.tokens_per_second().median);
-            let (threads, kernels) = (rayon::current_num_threads(), Kernels::active().name);
-            output::say(&format!("{} with {threads} threads, {kernels}: {test}: {rate} tokens/s", precision.name()));
+            let threads = text::threads(rayon::current_num_threads());
+            output::say(&format!("{}, {threads}: {test}: {rate} tokens/s", precision.name()));
         }
         all.push(figures);
     }

@@ -5,7 +5,7 @@ use int8_ops::cpu::limits::{int8_dot_peak, read_bandwidth};
 use crate::machine;
 
 /// Bytes that are read to measure memory: far more than caches hold.
-const BUFFER: u64 = 1 << 30;
+const BUFFER: u64 = 1 << 29;
 
 /// What the machine can do at best.
 #[derive(Debug, Clone, Copy)]

@@ -28,6 +28,9 @@ pub fn table(rows: &[Row]) -> String {
             row.share_of_limit.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0)),
         ]
     }));
+    table.column_iter_mut().take(1).for_each(|column| {
+        column.set_padding((0, 1));
+    });
     for (column, heading) in table.column_iter_mut().zip(heading) {
         if !WORDS.contains(&heading) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -63,16 +66,16 @@ fn loads(rows: &[Row]) -> String {
         let bytes = |bytes: usize| precise_bytes(bytes as u64);
         let peak = group.iter().filter_map(|row| row.peak_rss_bytes).max();
         let peaks = match (row.load_peak_rss_bytes, peak) {
-            (Some(load), Some(peak)) => format!(", at most {} while loading and {} after", bytes(load), bytes(peak)),
+            (Some(load), Some(peak)) => format!(", peak memory {}, then {}", bytes(load), bytes(peak)),
             _ => String::new(),
         };
         lines.push(format!(
-            "{}, {} threads: weights {}, {} read for each token, loaded in {}{peaks}",
+            "{}, {}: {} of weights loaded in {}, {} read for each token{peaks}",
             precision(row),
-            row.threads,
+            threads(row.threads),
             bytes(row.weight_bytes),
-            bytes(row.weight_bytes_per_token),
             seconds(row.load_seconds),
+            bytes(row.weight_bytes_per_token),
         ));
     }
     lines.join("\n")
@@ -83,14 +86,17 @@ fn limits(rows: &[Row]) -> String {
     let groups = rows.chunk_by(|one, other| one.threads == other.threads);
     let lines = groups.map(|group| {
         let row = &group[0];
-        let dots = match row.int8_dot_peak {
-            Some(peak) => format!("{} billion int8 operations", thousands((peak / 1e9).round() as u64)),
-            None => "no dot product of codes".to_string(),
-        };
         let bandwidth = precise_bytes(row.read_bandwidth as u64);
-        format!("The limits of {} threads, {}: {bandwidth} read a second; {dots}", row.threads, row.instruction_set)
+        let dots = row.int8_dot_peak.map_or(String::new(), |peak| {
+            format!(" and {} billion int8 operations", thousands((peak / 1e9).round() as u64))
+        });
+        format!("limits of {}, {}: reads {bandwidth}{dots} a second", threads(row.threads), row.instruction_set)
     });
     lines.collect::<Vec<_>>().join("\n")
+}
+
+pub fn threads(count: usize) -> String {
+    if count == 1 { "1 thread".to_string() } else { format!("{count} threads") }
 }
 
 /// Three digits, or all before the point.
