@@ -151,7 +151,7 @@ fn the_cache_is_what_a_run_takes() {
 fn pictures_are_whole_files() {
     let folder = scratch("pictures");
     let (svg, html) = (folder.join("footprint.svg"), folder.join("footprint.html"));
-    fs::write(&svg, "what was there").unwrap();
+    fs::write(&svg, "<svg>an older picture</svg>").unwrap();
     let output =
         llm8(&["footprint", "-q", "-m", "bigscience/bloom", "--svg"]).arg(&svg).arg("--html").arg(&html).output();
     assert!(output.unwrap().status.success());
@@ -178,6 +178,12 @@ fn pictures_that_cannot_be_written() {
     let folder = folder.to_str().unwrap();
     check_failure(&footprint(&model, &["--html", folder]), 1, &["cannot be written: it is not a plain file"]);
     check_failure(&footprint(&model, &["--svg", "/dev/null"]), 1, &["/dev/null: cannot be written"]);
+    // What is no picture is not taken for one.
+    let weights = Path::new(folder).join("model.safetensors");
+    fs::write(&weights, "weights").unwrap();
+    let output = footprint(&model, &["--svg", weights.to_str().unwrap()]);
+    check_failure(&output, 1, &["model.safetensors: cannot be written: it is there already, and no page or picture"]);
+    assert_eq!(fs::read_to_string(weights).unwrap(), "weights");
 }
 
 #[test]

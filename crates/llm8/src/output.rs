@@ -1,6 +1,6 @@
 //! Words and numbers for people.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -87,6 +87,14 @@ pub fn check_writable(path: &Path) -> anyhow::Result<()> {
 fn temporary_beside(path: &Path) -> Result<NamedTempFile, Failure> {
     if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
         return Err(unwritable(path, &"it is not a plain file"));
+    }
+    // A slip of the hand must not cost a model's weights: what is replaced is an older page or picture.
+    let mut first = [b'<'];
+    if let Ok(mut old) = std::fs::File::open(path)
+        && old.read(&mut first).is_ok()
+        && first != [b'<']
+    {
+        return Err(unwritable(path, &"it is there already, and no page or picture"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();

@@ -187,5 +187,5 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<()> {
     let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
     precisions(args, folder)?
         .into_iter()
-        .try_for_each(|precision| model::check_memory_for(cached, folder, &[precision], &args.processor))
+        .try_for_each(|precision| model::check_memory(cached, folder, &[precision], &args.processor))
 }

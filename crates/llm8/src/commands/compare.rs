@@ -27,7 +27,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
     if let Some(file) = &args.html {
         output::check_writable(file)?;
     }
-    let prompt = Prompt::read_or(&args.prompt, SAMPLE)?;
+    let prompt = Prompt::read_or(&args.prompt, SAMPLE, &args.output)?;
     model::set_up(&args.machine)?;
     let baseline = match args.baseline {
         BaselineName::F16 => Precision::F16,
@@ -39,7 +39,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         let both = [baseline.clone(), int8];
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
-        model::check_memory(folder, at_once, &args.machine, "generate")
+        model::check_memory(model::CONTEXT, folder, at_once, &args.machine.processor)
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let text = prompt.codec(&folder)?;
@@ -57,12 +57,12 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
     drop(kept);
 
     let report = Report::new(reference, int8, &agreement);
-    if let Some(file) = &args.html {
-        output::write_file(file, &page::html(&report))?;
-    }
     let mut stdout = std::io::stdout().lock();
     let text = if args.output.json { serde_json::to_string(&report)? } else { table::text(&report) };
     writeln!(stdout, "{text}").context("stdout")?;
+    if let Some(file) = &args.html {
+        output::write_file(file, &page::html(&report))?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -17,7 +17,12 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
     let check = |folder: &ModelFolder| {
-        model::check_memory(folder, &[model::precision(&args.precision, folder)?], &args.machine, "generate")
+        model::check_memory(
+            model::CONTEXT,
+            folder,
+            &[model::precision(&args.precision, folder)?],
+            &args.machine.processor,
+        )
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let precision = model::precision(&args.precision, &folder)?;

@@ -4,8 +4,8 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
-    Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, ModelFolder, Precision, Progress, architecture, load,
-    load_dummy, published, stored_int8,
+    Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, LongestContext, ModelFolder, Precision, Progress,
+    architecture, load, load_dummy, published, stored_int8,
 };
 use int8_ops::cpu::Kernels;
 
@@ -150,30 +150,23 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
     Ok(Int8Options { threshold, skip_modules: args.skip_modules.clone(), head: args.int8_head })
 }
 
-/// Tokens whose keys and values a model should have memory for.
-const CONTEXT: usize = 2048;
+/// Tokens whose keys and values a model should have memory for, unless it is known how many there will be.
+pub const CONTEXT: usize = 2048;
 
-/// An error when the memory that is free is too little for the model in `folder` at these precisions at
-/// once, unless the arguments say to go on; it names a precision that would fit, as flags of `command`.
+/// An error when the memory that is free is too little for the model in `folder`, with so many tokens in the
+/// cache, at these precisions at once, unless the arguments say to go on; it names a precision that would
+/// fit.
 pub fn check_memory(
-    folder: &ModelFolder,
-    precisions: &[Precision],
-    args: &MachineArgs,
-    command: &str,
-) -> anyhow::Result<()> {
-    let footprint = Footprint::of(folder)?;
-    let tokens = CONTEXT.min(footprint.longest_context().tokens());
-    check_memory_for(tokens, folder, precisions, &args.processor)
-}
-
-/// The same for so many tokens in the cache.
-pub fn check_memory_for(
     tokens: usize,
     folder: &ModelFolder,
     precisions: &[Precision],
     args: &ProcessorArgs,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
+    let tokens = match footprint.longest_context() {
+        LongestContext::Positions(positions) => tokens.min(positions),
+        LongestContext::Trained(_) => tokens,
+    };
     let cache = footprint.kv_cache(tokens);
     let needs = |precision: &Precision| footprint.weights(precision).total().saturating_add(cache);
     let needed: u64 = precisions.iter().map(needs).sum();
@@ -193,7 +186,7 @@ pub fn check_memory_for(
     let hint = match smaller {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, precision)) => {
-            format!("{command} {flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
+            format!("generate {flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
         }
         None => format!("int8 with an int8 head, which is the least, needs {}", output::precise_bytes(least)),
     };

@@ -7,8 +7,9 @@ use std::io::{IsTerminal, Read};
 use anyhow::Context;
 use int8_models::{ModelFolder, TextCodec};
 
-use crate::args::PromptArgs;
+use crate::args::{OutputArgs, PromptArgs};
 use crate::failure::Failure;
+use crate::output;
 
 /// The longest prompt that is read.
 const MAX_PROMPT_BYTES: u64 = 1 << 24;
@@ -47,11 +48,16 @@ impl Prompt {
         Ok(Self::Text(text))
     }
 
-    /// As [`read`](Self::read), but without a prompt in the arguments it is `sample`, and stdin is left
-    /// alone.
-    pub fn read_or(args: &PromptArgs, sample: &str) -> anyhow::Result<Self> {
+    /// As [`read`](Self::read), but without a prompt in the arguments it is `sample`, which is said, and
+    /// stdin is left alone.
+    pub fn read_or(args: &PromptArgs, sample: &str, output: &OutputArgs) -> anyhow::Result<Self> {
         match args {
-            PromptArgs { prompt: None, prompt_file: None, prompt_ids: None } => Ok(Self::Text(sample.to_string())),
+            PromptArgs { prompt: None, prompt_file: None, prompt_ids: None } => {
+                if !output.quiet {
+                    output::say("No prompt given: this is about a sample text; `-` reads one from stdin.");
+                }
+                Ok(Self::Text(sample.to_string()))
+            }
             args => Self::read(args),
         }
     }
