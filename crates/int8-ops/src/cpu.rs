@@ -58,6 +58,8 @@ pub struct Kernels {
     pub sum_codes: fn(codes: &[i8]) -> i32,
     /// The integer sums of products of codes; see [`Int8Dots`].
     pub int8_dots: Int8Dots,
+    /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
+    pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
     /// What follows the integer sums of a token, (rows) to outputs (rows); see [`Finish`].
     pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [f32]),
     /// A block of attention's scores (64), of which the first `seen` count, becomes weights

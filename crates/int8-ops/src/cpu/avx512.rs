@@ -1,6 +1,7 @@
 //! AVX-512 with VNNI: 64 products of codes, or 16 of floats, an instruction.
 
 mod panels;
+mod rows;
 
 use std::arch::x86_64::*;
 
@@ -37,100 +38,10 @@ pub(super) const KERNELS: Kernels = Kernels {
 /// flipped) and `128 * Σ codes` is taken off every sum.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    if code_sums.len() >= MANY_TOKENS {
-        return panels::int8_dots(codes, code_sums, weight, cols, sums);
+    match code_sums.len() {
+        MANY_TOKENS.. => panels::int8_dots(codes, code_sums, weight, cols, sums),
+        _ => rows::int8_dots(codes, code_sums, weight, cols, sums),
     }
-    let rows = weight.len() / cols;
-    for row in (0..rows).step_by(ROWS) {
-        let weight = &weight[row * cols..(row + ROWS).min(rows) * cols];
-        let mut token = 0;
-        while token < code_sums.len() {
-            let (codes, sums) = (&codes[token * cols..], &mut sums[token * rows + row..]);
-            token += match code_sums.len() - token {
-                1 => int8_tile::<1, 4>(codes, weight, cols, sums, rows),
-                2 | 3 => int8_tile::<2, 2>(codes, weight, cols, sums, rows),
-                4..8 => int8_tile::<4, 1>(codes, weight, cols, sums, rows),
-                _ => int8_tile::<8, 1>(codes, weight, cols, sums, rows),
-            };
-        }
-    }
-    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
-        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
-    }
-}
-
-/// Weight rows whose sums are gathered across a register together.
-const ROWS: usize = 4;
-
-/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows; gives T.
-///
-/// Rows are read one after the other, as memory likes it best. U sums a token, of every Uth vector,
-/// hide the latency of a sum where there are few tokens.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_tile<const T: usize, const U: usize>(
-    codes: &[i8],
-    weight: &[i8],
-    cols: usize,
-    sums: &mut [i32],
-    stride: usize,
-) -> usize {
-    let rows = weight.len() / cols;
-    assert!(rows <= ROWS && codes.len() >= T * cols && sums.len() >= (T - 1) * stride + rows);
-    let flip = _mm512_set1_epi8(i8::MIN);
-    let mut row_sums = [[_mm512_setzero_si512(); ROWS]; T];
-    let (unrolled, whole) = (cols / (64 * U) * (64 * U), cols / 64 * 64);
-    let mask = (1 << (cols - whole)) - 1;
-    for (row, weight) in weight.chunks(cols).enumerate() {
-        let mut acc = [[_mm512_setzero_si512(); U]; T];
-        let mut add = |u: usize, col: usize| {
-            prefetch_after(weight.as_ptr().wrapping_add(col));
-            // SAFETY: 64 columns of the row and of token t < T lie in the slices (asserted above).
-            let load = |values: &[i8], at: usize| unsafe { _mm512_loadu_epi8(values.as_ptr().add(at)) };
-            let weight = _mm512_xor_si512(load(weight, col), flip);
-            for (t, acc) in acc.iter_mut().enumerate() {
-                acc[u] = _mm512_dpbusd_epi32(acc[u], weight, load(codes, t * cols + col));
-            }
-        };
-        for col in (0..unrolled).step_by(64 * U) {
-            for u in 0..U {
-                add(u, col + 64 * u);
-            }
-        }
-        for col in (unrolled..whole).step_by(64) {
-            add(0, col);
-        }
-        if mask != 0 {
-            // SAFETY: as above, and the mask keeps to the row. Where it is off a code is zero, so that a
-            // flipped weight counts for nothing there.
-            let load = |values: &[i8], at: usize| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr().add(at)) };
-            let weight = _mm512_xor_si512(load(weight, whole), flip);
-            for (t, acc) in acc.iter_mut().enumerate() {
-                acc[0] = _mm512_dpbusd_epi32(acc[0], weight, load(codes, t * cols + whole));
-            }
-        }
-        for (row_sums, acc) in row_sums.iter_mut().zip(acc) {
-            row_sums[row] = acc.into_iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc));
-        }
-    }
-    for (t, row_sums) in row_sums.into_iter().enumerate() {
-        sums[t * stride..][..rows].copy_from_slice(&add_lanes(row_sums)[..rows]);
-    }
-    T
-}
-
-/// The sums over the 16 lanes of each of four vectors.
-#[target_feature(enable = "avx512f")]
-fn add_lanes([a, b, c, d]: [__m512i; 4]) -> [i32; 4] {
-    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    // Every quarter holds a sum of four lanes of a, b, c and d.
-    let quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    let halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64::<1>(quarters));
-    let sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
-    let mut out = [0; 4];
-    // SAFETY: four sums of 32 bits fit.
-    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
-    out
 }
 
 /// A float that 16 of are loaded, and widened where they are narrow, at a time.

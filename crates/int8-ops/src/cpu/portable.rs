@@ -14,6 +14,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     flag_outliers,
     quantize,
     sum_codes,
+    gather_columns,
     finish,
     softmax_block,
     layer_norm,
@@ -78,17 +79,58 @@ pub(super) fn sum_codes(codes: &[i8]) -> i32 {
 }
 
 #[inline(always)]
-pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [f32]) {
-    out.fill(0.0);
-    for (value, weights) in with.outliers.iter().zip(with.outlier_weights.chunks(out.len())) {
-        out.iter_mut().zip(weights).for_each(|(out, weight)| *out += value * weight);
+pub(super) fn gather_columns(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]) {
+    const ROWS: usize = 16;
+    let rows = weight.len() / cols;
+    assert!(columns.iter().all(|&column| (column as usize) < cols) && gathered.len() >= columns.len() * rows);
+    // SAFETY: there is such a row, and such a column (asserted above).
+    let code = |row: usize, column: u32| unsafe { *weight.get_unchecked(row * cols + column as usize) };
+    let whole = rows / ROWS * ROWS;
+    for row in (0..whole).step_by(ROWS) {
+        for (index, &column) in columns.iter().enumerate() {
+            // As bytes first, which are widened all at once.
+            let codes: [i8; ROWS] = std::array::from_fn(|lane| code(row + lane, column));
+            gathered[index * rows + row..][..ROWS].copy_from_slice(&codes.map(f32::from));
+        }
     }
-    for ((out, &sum), scale) in out.iter_mut().zip(sums).zip(with.weight_scales) {
-        *out = scale * (sum as f32 * with.x_scale + *out);
+    for row in whole..rows {
+        for (index, &column) in columns.iter().enumerate() {
+            gathered[index * rows + row] = f32::from(code(row, column));
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [f32]) {
+    let mut row = 0;
+    while row < out.len() {
+        // Sums that stay in registers from one outlier column to the next.
+        row += match out.len() - row {
+            64.. => finish_rows::<64>(row, sums, with, out),
+            16.. => finish_rows::<16>(row, sums, with, out),
+            4.. => finish_rows::<4>(row, sums, with, out),
+            _ => finish_rows::<1>(row, sums, with, out),
+        };
+    }
+}
+
+/// N rows from `row` on; gives N.
+#[inline(always)]
+fn finish_rows<const N: usize>(row: usize, sums: &[i32], with: &Finish, out: &mut [f32]) -> usize {
+    let rows = out.len();
+    let mut values = [0f32; N];
+    for (value, weights) in with.outliers.iter().zip(with.outlier_weights.chunks_exact(rows)) {
+        values.iter_mut().zip(&weights[row..row + N]).for_each(|(out, weight)| *out += value * weight);
+    }
+    let sums = sums[row..row + N].iter().zip(&with.weight_scales[row..row + N]);
+    for (value, (&sum, scale)) in values.iter_mut().zip(sums) {
+        *value = scale * (sum as f32 * with.x_scale + *value);
     }
     if let Some(bias) = with.bias {
-        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+        values.iter_mut().zip(&bias[row..row + N]).for_each(|(value, bias)| *value += bias);
     }
+    out[row..row + N].copy_from_slice(&values);
+    N
 }
 
 #[inline(always)]

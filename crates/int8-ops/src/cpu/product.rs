@@ -1,6 +1,7 @@
 //! The loops around the dot kernels: blocks of outputs among threads, and what follows the sums.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::tiles::MANY_TOKENS;
@@ -43,19 +44,19 @@ struct Blocks {
 }
 
 /// Bytes of a weight that a thread is given at a time when there are few tokens.
-const BYTES_PER_PART: usize = 1 << 16;
+const BYTES_PER_PART: usize = 1 << 17;
 
 impl Blocks {
-    /// Few tokens: short blocks, so that what follows the sums of one goes on while the next is on its
-    /// way from memory. Many: blocks that are worth packing, and the sums of as many tokens as stay in
-    /// a core's cache.
+    /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
+    /// from memory. More: blocks that are worth putting codes, or the weight, in another order for; and the
+    /// sums of as many tokens as stay in a core's cache.
     fn of(tokens: usize, row_bytes: usize) -> Self {
-        if tokens < MANY_TOKENS {
-            let rows = 16;
-            Self { rows, tokens, rows_per_part: (BYTES_PER_PART / row_bytes).next_multiple_of(rows).max(rows) }
-        } else {
-            Self { rows: 64, tokens: 512, rows_per_part: 64 }
-        }
+        let rows = if tokens == 1 { 16 } else { 64 };
+        let rows_per_part = match tokens {
+            ..MANY_TOKENS => (BYTES_PER_PART / row_bytes).next_multiple_of(rows).max(rows),
+            _ => rows,
+        };
+        Self { rows, tokens: 512, rows_per_part }
     }
 }
 
@@ -71,25 +72,23 @@ pub(crate) fn int8_product(
 ) {
     let (cols, columns) = (x.cols, x.outliers.len());
     let blocks = Blocks::of(x.scales.len(), cols);
-    output.fill_in_blocks(&blocks, |rows, outputs: &mut [&mut [f32]]| {
-        let mut sums = INT8_SUMS.take();
-        sums.resize(outputs.len().min(blocks.tokens) * blocks.rows, 0);
-        let mut outlier_weights = vec![0f32; columns * blocks.rows];
+    output.fill_in_parts(blocks.rows_per_part, |rows, part| {
+        let Scratch { mut sums, mut outlier_weights } = SCRATCH.take();
+        sums.resize(part.tokens.min(blocks.tokens) * blocks.rows, 0);
+        outlier_weights.resize(columns * blocks.rows, 0.0);
         for (first, len) in pieces(rows.len(), blocks.rows) {
             let block = rows.start + first..rows.start + first + len;
             let weight = &weight[block.start * cols..block.end * cols];
-            for (first_token, tokens) in pieces(outputs.len(), blocks.tokens) {
+            for (first_token, tokens) in pieces(part.tokens, blocks.tokens) {
                 let sums = &mut sums[..tokens * len];
                 let code_sums = &x.code_sums[first_token..][..tokens];
                 (kernels.int8_dots)(&x.codes[first_token * cols..][..tokens * cols], code_sums, weight, cols, sums);
                 // The weight is in the cache by now.
                 if first_token == 0 {
-                    gather_columns(weight, cols, &x.outliers, &mut outlier_weights[..columns * len]);
+                    (kernels.gather_columns)(weight, cols, &x.outliers, &mut outlier_weights[..columns * len]);
                 }
                 for (token, sums) in (first_token..).zip(sums.chunks(len)) {
-                    if let Some(later) = outputs.get(token + TOKENS_AHEAD) {
-                        prefetch(&later[first..first + len]);
-                    }
+                    part.prefetch(token + TOKENS_AHEAD, first, len);
                     let finish = Finish {
                         x_scale: x.scales[token],
                         outliers: &x.outlier_values[token * columns..][..columns],
@@ -97,34 +96,31 @@ pub(crate) fn int8_product(
                         weight_scales: &weight_scales[block.clone()],
                         bias: bias.map(|bias| &bias[block.clone()]),
                     };
-                    (kernels.finish)(sums, &finish, &mut outputs[token][first..first + len]);
+                    (kernels.finish)(sums, &finish, part.outputs(token, first, len));
                 }
             }
         }
-        INT8_SUMS.set(sums);
+        SCRATCH.set(Scratch { sums, outlier_weights });
     })
 }
 
+/// Room for what a block needs.
+#[derive(Default)]
+struct Scratch {
+    /// (tokens, rows).
+    sums: Vec<i32>,
+    /// (columns, rows).
+    outlier_weights: Vec<f32>,
+}
+
 thread_local! {
-    /// Room for the sums of a block, kept from one to the next.
-    static INT8_SUMS: Cell<Vec<i32>> = const { Cell::new(Vec::new()) };
+    /// Kept from one block to the next.
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch { sums: Vec::new(), outlier_weights: Vec::new() }) };
 }
 
 /// How many tokens ahead a place in the output is brought to the cache: it is as far from the last one
 /// as a row is long.
 const TOKENS_AHEAD: usize = 8;
-
-/// Asks for a slice to be brought to the cache, where the machine can be asked.
-fn prefetch(values: &[f32]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in values.chunks(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint reads and writes nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
-}
 
 /// Output (tokens, weight rows) from float activations and a float weight (weight rows, cols).
 pub(crate) fn float_product<T: Sync>(
@@ -136,16 +132,16 @@ pub(crate) fn float_product<T: Sync>(
 ) {
     let cols = x.cols;
     let blocks = Blocks::of(x.values.len() / cols, cols * size_of::<T>());
-    output.fill_in_blocks(&blocks, |rows, outputs: &mut [&mut [f32]]| {
-        let mut sums = vec![0f32; outputs.len().min(blocks.tokens) * blocks.rows];
+    output.fill_in_parts(blocks.rows_per_part, |rows, part| {
+        let mut sums = vec![0f32; part.tokens.min(blocks.tokens) * blocks.rows];
         for (first, len) in pieces(rows.len(), blocks.rows) {
             let block = rows.start + first..rows.start + first + len;
             let weight = &weight[block.start * cols..block.end * cols];
-            for (first_token, tokens) in pieces(outputs.len(), blocks.tokens) {
+            for (first_token, tokens) in pieces(part.tokens, blocks.tokens) {
                 let sums = &mut sums[..tokens * len];
                 dots(&x.values[first_token * cols..][..tokens * cols], weight, cols, sums);
-                for (output, sums) in outputs[first_token..].iter_mut().zip(sums.chunks(len)) {
-                    let output = &mut output[first..first + len];
+                for (token, sums) in (first_token..).zip(sums.chunks(len)) {
+                    let output = part.outputs(token, first, len);
                     output.copy_from_slice(sums);
                     if let Some(bias) = bias {
                         output.iter_mut().zip(&bias[block.clone()]).for_each(|(output, bias)| *output += bias);
@@ -161,27 +157,61 @@ fn pieces(len: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..len).step_by(size).map(move |start| (start, size.min(len - start)))
 }
 
-/// Writes the weights (columns, rows) of a block of rows (rows, cols) in the given columns, as floats.
-fn gather_columns(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]) {
-    let rows = weight.len() / cols;
-    for (row, weight) in weight.chunks(cols).enumerate() {
-        for (index, &column) in columns.iter().enumerate() {
-            gathered[index * rows + row] = f32::from(weight[column as usize]);
-        }
+impl OutputColumns<'_> {
+    /// Has `fill(rows, part)` write the output in parts of at most `rows_per_part` weight rows, from several
+    /// threads.
+    fn fill_in_parts(&mut self, rows_per_part: usize, fill: impl Fn(Range<usize>, &mut Part) + Sync) {
+        assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
+        let (tokens, width) = (self.matrix.len() / self.width, self.width);
+        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr());
+        team::for_each_range(self.columns.len(), rows_per_part, |rows| {
+            // SAFETY: the rows are within the columns, so that they are in the matrix.
+            let first = unsafe { first.get().add(rows.start) };
+            fill(rows.clone(), &mut Part { first, rows: rows.len(), tokens, width, matrix: PhantomData });
+        });
     }
 }
 
-impl OutputColumns<'_> {
-    /// Has `fill(rows, outputs)` write the output in parts of weight rows, from several threads;
-    /// `outputs[token]` is that token's part.
-    fn fill_in_blocks(&mut self, blocks: &Blocks, fill: impl Fn(Range<usize>, &mut [&mut [f32]]) + Sync) {
-        let mut parts: Vec<(usize, Vec<&mut [f32]>)> = Vec::new();
-        parts.extend((0..self.columns.len()).step_by(blocks.rows_per_part).map(|first| (first, Vec::new())));
-        for row in self.matrix.chunks_mut(self.width) {
-            let pieces = row[self.columns.clone()].chunks_mut(blocks.rows_per_part);
-            parts.iter_mut().zip(pieces).for_each(|((_, part), piece)| part.push(piece));
+/// A pointer that threads may share: each writes other places through it.
+struct Shared(*mut f32);
+
+// SAFETY: parts do not overlap.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// What some of a weight's rows fill of an output (tokens, width): theirs alone.
+struct Part<'a> {
+    /// Of the first token.
+    first: *mut f32,
+    rows: usize,
+    tokens: usize,
+    width: usize,
+    matrix: PhantomData<&'a mut [f32]>,
+}
+
+impl Part<'_> {
+    /// A token's outputs of `len` rows, of which `first` is the first.
+    fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [f32] {
+        assert!(token < self.tokens && first + len <= self.rows);
+        // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is
+        // borrowed as long as the outputs are.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(token * self.width + first), len) }
+    }
+
+    /// Asks for a token's outputs to be brought to the cache, where the machine can be asked.
+    fn prefetch(&self, token: usize, first: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for row in (first..first + len).step_by(16) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a hint reads and writes nothing, wherever it points.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.first.wrapping_add(token * self.width + row).cast()) };
         }
-        parts.retain(|(_, part)| !part.is_empty());
-        team::for_each(parts, |(first, mut part)| fill(first..first + part[0].len(), &mut part));
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (token, first, len);
     }
 }

@@ -4,18 +4,34 @@
 //! short for a thread to fall asleep and be woken every time. Here the others wait for the next loop
 //! by spinning for a while, and a loop never waits for a thread that has not come: where the machine
 //! is busy with something else, those that run do the work.
+//!
+//! Memory is read the fastest in order, so every thread walks along a stretch of the loop of its own,
+//! and takes from the ends of other stretches only when it is through.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 
 /// Calls `work` with every part, from several threads where they are free: from one alone inside another
-/// such loop, or while another caller's loop runs. Parts are handed out in order, one at a time.
+/// such loop, or while another caller's loop runs. Every thread's parts follow one another.
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
+    if parts.len() < 2 {
+        return parts.into_iter().for_each(work);
+    }
+    let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+    let take = |index: usize| parts[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+    for_each_range(parts.len(), 1, |indices| indices.filter_map(take).for_each(&work));
+}
+
+/// The same for the ranges of `size` that 0..len falls into, the last of which may be shorter.
+pub(crate) fn for_each_range(len: usize, size: usize, work: impl Fn(Range<usize>) + Sync) {
+    let count = len.div_ceil(size);
+    let work = |index: usize| work(index * size..len.min((index + 1) * size));
     let team = TEAM.get_or_init(Team::start);
     let caller = match team.callers.try_lock() {
         Err(TryLockError::WouldBlock) => None,
@@ -23,12 +39,10 @@ pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
         Ok(caller) => Some(caller),
     };
     match caller {
-        Some(caller) if parts.len() > 1 && !team.members.is_empty() => {
-            let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
-            let take = |index: usize| parts[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-            team.run(parts.len(), &|index| take(index).into_iter().for_each(&work), caller)
+        Some(caller) if count > 1 && count <= u32::MAX as usize && !team.members.is_empty() => {
+            team.run(count as u32, &work, caller)
         }
-        _ => parts.into_iter().for_each(work),
+        _ => (0..count).for_each(work),
     }
 }
 
@@ -40,13 +54,13 @@ const SPINS: u32 = 10_000;
 
 struct Team {
     members: Vec<Member>,
+    /// What is left of every thread's stretch of the loop, the caller's first.
+    stretches: Vec<Stretch>,
     /// Whether a loop may be joined (`OPEN`), which one (the bits above), and how many of the members
     /// are in it (the bits below).
     door: AtomicU64,
     /// What the loop does; written while the door is closed and nobody is inside.
     job: UnsafeCell<Option<Job>>,
-    /// The next index to hand out.
-    next: AtomicUsize,
     /// What a member's work panicked with.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     callers: Mutex<()>,
@@ -56,6 +70,41 @@ struct Team {
 // those who went through the open door and by whom the caller waits.
 unsafe impl Sync for Team {}
 
+/// Indices from a first one, in the bits below, to an end, in the bits above; on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Stretch(AtomicU64);
+
+impl Stretch {
+    fn set(&self, indices: Range<u32>) {
+        self.0.store(u64::from(indices.end) << 32 | u64::from(indices.start), Ordering::Relaxed);
+    }
+
+    fn take_first(&self) -> Option<u32> {
+        self.take(|first, _| first, |first, end| (first + 1, end))
+    }
+
+    fn take_last(&self) -> Option<u32> {
+        self.take(|_, end| end - 1, |first, end| (first, end - 1))
+    }
+
+    fn take(&self, which: fn(u32, u32) -> u32, rest: fn(u32, u32) -> (u32, u32)) -> Option<u32> {
+        let mut held = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (held as u32, (held >> 32) as u32);
+            if first >= end {
+                return None;
+            }
+            let (new_first, new_end) = rest(first, end);
+            let new = u64::from(new_end) << 32 | u64::from(new_first);
+            match self.0.compare_exchange_weak(held, new, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(which(first, end)),
+                Err(other) => held = other,
+            }
+        }
+    }
+}
+
 struct Member {
     thread: Thread,
     is_asleep: &'static AtomicBool,
@@ -63,7 +112,6 @@ struct Member {
 
 #[derive(Clone, Copy)]
 struct Job {
-    count: usize,
     work: &'static (dyn Fn(usize) + Sync),
 }
 
@@ -73,12 +121,12 @@ const INSIDE: u64 = OPEN - 1;
 
 impl Team {
     fn start() -> &'static Self {
-        let members = (1..rayon::current_num_threads()).map_while(|_| Member::start()).collect();
+        let members: Vec<_> = (1..rayon::current_num_threads()).map_while(Member::start).collect();
         let team = Self {
+            stretches: (0..=members.len()).map(|_| Stretch::default()).collect(),
             members,
             door: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
             panic: Mutex::new(None),
             callers: Mutex::new(()),
         };
@@ -86,12 +134,16 @@ impl Team {
         Box::leak(Box::new(team))
     }
 
-    fn run(&self, count: usize, work: &(dyn Fn(usize) + Sync), _caller: MutexGuard<()>) {
+    fn run(&self, count: u32, work: &(dyn Fn(usize) + Sync), _caller: MutexGuard<()>) {
         // SAFETY: only the lifetime is changed; `Closing` sees to it that nobody works after this call.
         let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
         // SAFETY: the door is closed and nobody is inside, so nobody reads the job.
-        unsafe { *self.job.get() = Some(Job { count, work }) };
-        self.next.store(0, Ordering::Relaxed);
+        unsafe { *self.job.get() = Some(Job { work }) };
+        let threads = self.stretches.len();
+        let border = |thread: usize| (u64::from(count) * thread as u64 / threads as u64) as u32;
+        for (thread, stretch) in self.stretches.iter().enumerate() {
+            stretch.set(border(thread)..border(thread + 1));
+        }
         // Sequentially consistent with the member who says that it sleeps and then looks at the door.
         self.door.fetch_add(NEXT_LOOP | OPEN, Ordering::SeqCst);
         let closing = Closing(self);
@@ -100,7 +152,7 @@ impl Team {
                 member.thread.unpark();
             }
         }
-        self.work_on(Job { count, work });
+        self.work_on(Job { work }, 0);
         drop(closing);
         let panic = self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         if let Some(panic) = panic {
@@ -108,18 +160,20 @@ impl Team {
         }
     }
 
-    fn work_on(&self, job: Job) {
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= job.count {
-                return;
+    /// Works along the thread's own stretch, and then on what others have not come to yet.
+    fn work_on(&self, job: Job, thread: usize) {
+        while let Some(index) = self.stretches[thread].take_first() {
+            (job.work)(index as usize);
+        }
+        for other in (0..self.stretches.len()).filter(|&other| other != thread) {
+            while let Some(index) = self.stretches[other].take_last() {
+                (job.work)(index as usize);
             }
-            (job.work)(index);
         }
     }
 
     /// What a member does all its life.
-    fn serve(&self, is_asleep: &AtomicBool) -> ! {
+    fn serve(&self, thread: usize, is_asleep: &AtomicBool) -> ! {
         let mut last = 0;
         loop {
             let seen = self.wait_for_open_door(last, is_asleep);
@@ -132,7 +186,7 @@ impl Team {
             // SAFETY: the door was open, so the job is written, and the caller waits for this thread to leave.
             let job = unsafe { *self.job.get() };
             if let Some(job) = job
-                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work_on(job)))
+                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work_on(job, thread)))
             {
                 *self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(panic);
             }
@@ -164,10 +218,10 @@ impl Team {
 }
 
 impl Member {
-    /// None when the system gives no more threads: the work is done by fewer.
-    fn start() -> Option<Self> {
+    /// Starts thread `thread`, the caller being 0; None when the system gives no more: fewer do the work.
+    fn start(thread: usize) -> Option<Self> {
         let is_asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-        let serve = move || TEAM.wait().serve(is_asleep);
+        let serve = move || TEAM.wait().serve(thread, is_asleep);
         let thread = thread::Builder::new().name("llm8-team".to_string()).spawn(serve).ok()?;
         Some(Self { thread: thread.thread().clone(), is_asleep })
     }
@@ -178,7 +232,7 @@ struct Closing<'a>(&'a Team);
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
-        self.0.next.fetch_max(usize::MAX / 2, Ordering::Relaxed);
+        self.0.stretches.iter().for_each(|stretch| stretch.set(0..0));
         self.0.door.fetch_and(!OPEN, Ordering::AcqRel);
         while self.0.door.load(Ordering::Acquire) & INSIDE != 0 {
             spin_loop();

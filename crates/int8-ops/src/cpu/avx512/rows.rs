@@ -1,0 +1,220 @@
+//! The int8 product for few tokens: rows of the weight as they lie in memory, each read once for all tokens.
+
+use std::arch::x86_64::*;
+use std::cell::Cell;
+
+use super::super::tiles::prefetch_after;
+
+/// Weight rows whose sums are gathered across a register together.
+const ROWS: usize = 4;
+
+/// A vector of codes.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([i8; 64]);
+
+thread_local! {
+    /// Room for the codes of several tokens, kept from one block to the next.
+    static LINES: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// [`Int8Dots`](crate::cpu::Int8Dots) of at least one token.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
+    let (tokens, rows) = (code_sums.len(), weight.len() / cols);
+    let blocks = weight.chunks(ROWS * cols).enumerate();
+    if tokens == 1 {
+        for (block, weight) in blocks {
+            let mut row_sums = [_mm512_setzero_si512(); ROWS];
+            for (sum, weight) in row_sums.iter_mut().zip(weight.chunks_exact(cols)) {
+                *sum = row(codes, weight);
+            }
+            let count = weight.len() / cols;
+            sums[block * ROWS..][..count].copy_from_slice(&add_lanes(row_sums)[..count]);
+        }
+    } else {
+        let mut lines = LINES.take();
+        pack(codes, tokens, cols, &mut lines);
+        let vectors = cols.div_ceil(64);
+        for (block, weight) in blocks {
+            let mut token = 0;
+            while token < tokens {
+                let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * ROWS..]);
+                token += match group(tokens - token) {
+                    1 => tile::<1, 4>(lines, weight, cols, sums, rows),
+                    2 => tile::<2, 4>(lines, weight, cols, sums, rows),
+                    4 => tile::<4, 4>(lines, weight, cols, sums, rows),
+                    _ => tile::<8, 2>(lines, weight, cols, sums, rows),
+                };
+            }
+        }
+        LINES.set(lines);
+    }
+    for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
+        sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
+    }
+}
+
+/// How many of the tokens that are left are worked on together.
+fn group(left: usize) -> usize {
+    match left {
+        1 => 1,
+        2 | 3 => 2,
+        4..8 => 4,
+        _ => 8,
+    }
+}
+
+/// Puts codes (tokens, cols) in the order in which they are used, (vectors, tokens of a group) for every
+/// group, padded with zeros. Where they lie a power of two apart they would not stay in the cache together.
+fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
+    lines.clear();
+    let mut first = 0;
+    while first < tokens {
+        let group = group(tokens - first);
+        for col in (0..cols).step_by(64) {
+            for token in first..first + group {
+                let codes = &codes[token * cols + col..(token + 1) * cols];
+                let mut line = Line([0; 64]);
+                let len = codes.len().min(64);
+                line.0[..len].copy_from_slice(&codes[..len]);
+                lines.push(line);
+            }
+        }
+        first += group;
+    }
+}
+
+/// `Σ codes * (weight + 128)` for one token and one weight row, in lanes that are yet to be added. Rows are
+/// read one after the other, as memory likes it best.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn row(codes: &[i8], weight: &[i8]) -> __m512i {
+    /// Sums side by side, which hide the latency of an addition.
+    const SUMS: usize = 4;
+    let cols = weight.len();
+    assert!(codes.len() >= cols);
+    let flip = _mm512_set1_epi8(i8::MIN);
+    let mut acc = [_mm512_setzero_si512(); SUMS];
+    let (unrolled, whole) = (cols / (64 * SUMS) * (64 * SUMS), cols / 64 * 64);
+    let mut add = |u: usize, col: usize| {
+        prefetch_after(weight.as_ptr().wrapping_add(col));
+        // SAFETY: 64 columns of the row lie in the slices (asserted above).
+        let load = |values: &[i8]| unsafe { _mm512_loadu_epi8(values.as_ptr().add(col)) };
+        acc[u] = _mm512_dpbusd_epi32(acc[u], _mm512_xor_si512(load(weight), flip), load(codes));
+    };
+    for col in (0..unrolled).step_by(64 * SUMS) {
+        for u in 0..SUMS {
+            add(u, col + 64 * u);
+        }
+    }
+    for col in (unrolled..whole).step_by(64) {
+        add(0, col);
+    }
+    if whole < cols {
+        let mask = (1 << (cols - whole)) - 1;
+        // SAFETY: as above, and the mask keeps to the row. Where it is off a code is zero, so that a flipped
+        // weight counts for nothing there.
+        let load = |values: &[i8]| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr().add(whole)) };
+        acc[0] = _mm512_dpbusd_epi32(acc[0], _mm512_xor_si512(load(weight), flip), load(codes));
+    }
+    acc.into_iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc))
+}
+
+/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows, of which R at a
+/// time share the codes that are loaded; gives T.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tile<const T: usize, const R: usize>(
+    lines: &[Line],
+    weight: &[i8],
+    cols: usize,
+    sums: &mut [i32],
+    stride: usize,
+) -> usize {
+    /// Vectors of every token's codes that stay in the nearest cache while the rows of the weight come by.
+    const VECTORS: usize = 32;
+    let rows = weight.len() / cols;
+    assert!(rows <= ROWS && sums.len() >= (T - 1) * stride + rows);
+    let mut row_sums = [[_mm512_setzero_si512(); ROWS]; T];
+    for (block, lines) in lines[..cols.div_ceil(64) * T].chunks(VECTORS * T).enumerate() {
+        let mut row = 0;
+        while row < rows {
+            let weight = &weight[row * cols + block * VECTORS * 64..];
+            row += match rows - row >= R {
+                true => add_rows::<T, R>(lines, weight, cols, row, &mut row_sums),
+                false => add_rows::<T, 1>(lines, weight, cols, row, &mut row_sums),
+            };
+        }
+    }
+    for (t, row_sums) in row_sums.into_iter().enumerate() {
+        sums[t * stride..][..rows].copy_from_slice(&add_lanes(row_sums)[..rows]);
+    }
+    T
+}
+
+/// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums[t][row + r]`, for T tokens
+/// and R weight rows, `cols` apart; gives R.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn add_rows<const T: usize, const R: usize>(
+    lines: &[Line],
+    weight: &[i8],
+    cols: usize,
+    row: usize,
+    row_sums: &mut [[__m512i; ROWS]; T],
+) -> usize {
+    let mut acc: [[__m512i; R]; T] = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t][row + r]));
+    let flip = _mm512_set1_epi8(i8::MIN);
+    // What is left of the last row from here on: the rows before it have as much.
+    let left = weight.len() - (R - 1) * cols;
+    let whole = (left / 64).min(lines.len() / T);
+    for vector in 0..whole {
+        let weights: [__m512i; R] = std::array::from_fn(|r| {
+            let weight = weight.as_ptr().wrapping_add(r * cols + vector * 64);
+            prefetch_after(weight);
+            // SAFETY: 64 columns from here on are in the slice, of the last row and so of those before it.
+            _mm512_xor_si512(unsafe { _mm512_loadu_epi8(weight) }, flip)
+        });
+        for (t, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: vector < lines.len() / T and t < T, and a line is a vector.
+            let codes = unsafe { _mm512_load_si512(lines.as_ptr().add(vector * T + t).cast()) };
+            for (acc, weight) in acc.iter_mut().zip(weights) {
+                *acc = _mm512_dpbusd_epi32(*acc, weight, codes);
+            }
+        }
+    }
+    if whole < lines.len() / T {
+        let mask = (1 << (left - whole * 64)) - 1;
+        let weights: [__m512i; R] = std::array::from_fn(|r| {
+            // SAFETY: the mask keeps to what is left of the last row. Codes are zero where it is off.
+            let weight = unsafe { _mm512_maskz_loadu_epi8(mask, weight.as_ptr().wrapping_add(r * cols + whole * 64)) };
+            _mm512_xor_si512(weight, flip)
+        });
+        for (t, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let codes = unsafe { _mm512_load_si512(lines.as_ptr().add(whole * T + t).cast()) };
+            for (acc, weight) in acc.iter_mut().zip(weights) {
+                *acc = _mm512_dpbusd_epi32(*acc, weight, codes);
+            }
+        }
+    }
+    for (t, acc) in acc.into_iter().enumerate() {
+        row_sums[t][row..row + R].copy_from_slice(&acc);
+    }
+    R
+}
+
+/// The sums over the 16 lanes of each of four vectors.
+#[target_feature(enable = "avx512f")]
+fn add_lanes([a, b, c, d]: [__m512i; ROWS]) -> [i32; ROWS] {
+    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    // Every quarter holds a sum of four lanes of a, b, c and d.
+    let quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    let halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64::<1>(quarters));
+    let sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+    let mut out = [0; ROWS];
+    // SAFETY: four sums of 32 bits fit.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+    out
+}
