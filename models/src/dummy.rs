@@ -25,12 +25,15 @@ use crate::footprint::Footprint;
 use crate::load::{LoadOptions, Loaded, load_from};
 use crate::source::{Source, SourceTensor};
 
-/// The columns that hold outliers, the same in every norm: as many as Dettmers et al. 2022 (section 4) find
-/// in a model of 6.7 billion parameters.
+/// The columns that hold outliers, the same in every norm of a block: as many as Dettmers et al. 2022
+/// (section 4) find in a model of 6.7 billion parameters.
 const OUTLIER_COLUMNS: usize = 6;
 /// What the norms multiply those columns by; the others by 1. Almost every token then has outliers there,
 /// of the magnitudes that are found in trained models.
 const OUTLIER_WEIGHT: f32 = 20.0;
+
+/// BLOOM's norm behind the embedding, whose outliers would add up with those of every block's norm.
+const EMBEDDING_NORM: &str = "word_embeddings_layernorm.weight";
 
 /// Biases have magnitudes from 2^-5 on: small beside activations of about 1.
 const BIAS_EXPONENT: i32 = -5;
@@ -102,12 +105,13 @@ impl SourceTensor for DummyTensor<'_> {
         self.values() * size_of::<f16>()
     }
 
-    /// A norm's weight, which is the only vector of that name, is 1 but for its outlier columns; biases are
-    /// small.
+    /// A norm's weight, which is the only vector of that name, is 1 but for the outlier columns of a block's;
+    /// biases are small.
     fn vector(&self, dtype: DType) -> Result<Tensor> {
         let len = self.values();
         let mut values = vec![1f32; len];
-        if self.name.ends_with(".weight") {
+        if self.name.ends_with(EMBEDDING_NORM) {
+        } else if self.name.ends_with(".weight") {
             for index in 0..OUTLIER_COLUMNS {
                 values[(2 * index + 1) * len / (2 * OUTLIER_COLUMNS)] = OUTLIER_WEIGHT;
             }
