@@ -15,6 +15,12 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use args::{Args, Command};
+use mimalloc::MiMalloc;
+
+/// Keeps what a layer has given back for the next one's output, which is as large. The system's allocator
+/// gives blocks of megabytes back to the system, which has to clear them before they are used again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let args = Args::parse();
