@@ -149,6 +149,11 @@ impl CausalLm for Bloom {
     fn head(&self, hidden: &Tensor) -> Result<Tensor> {
         self.lm_head.as_ref().unwrap_or(&self.word_embeddings).logits(hidden)
     }
+
+    fn read_weights(&self) -> Result<usize> {
+        let blocks: usize = self.h.iter().map(Block::read).sum::<Result<_>>()?;
+        Ok(blocks + self.lm_head.as_ref().unwrap_or(&self.word_embeddings).read()?)
+    }
 }
 
 struct Block {
@@ -169,6 +174,13 @@ impl Block {
             mlp: Mlp::load(shape, &weights.pp("mlp"))?,
             residual_after_layernorm: shape.residual_after_layernorm,
         })
+    }
+
+    /// Reads the linear layers' weights once; gives their bytes.
+    fn read(&self) -> Result<usize> {
+        let Self { self_attention, mlp, .. } = self;
+        let layers = [&self_attention.query_key_value, &self_attention.dense, &mlp.dense_h_to_4h, &mlp.dense_4h_to_h];
+        layers.into_iter().map(Linear::read).sum()
     }
 
     /// (batch, tokens, hidden) to the same.

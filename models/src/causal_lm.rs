@@ -32,6 +32,10 @@ pub trait CausalLm: Send + Sync {
     /// The logits (.., vocabulary) of normed hidden states (.., hidden).
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// Reads every matrix that a step of one token reads, once, and does nothing else: the least time that a
+    /// step can take on the CPU. Gives the number of bytes.
+    fn read_weights(&self) -> Result<usize>;
+
     /// The normed hidden states (batch, tokens, hidden) of token ids (batch, tokens) in `U32` that
     /// follow what is in the cache; `None` when `is_interrupted`, asked before every block, ends the
     /// pass, which leaves the cache as it was.

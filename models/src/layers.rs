@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::Module;
-use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, float_matmul, int8_matmul};
+use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, float_matmul, int8_matmul, read_floats};
 
 /// A linear layer in the precision it was loaded in.
 #[derive(Debug)]
@@ -20,11 +20,31 @@ impl Module for Linear {
     }
 }
 
+impl Linear {
+    /// Reads the weight once; gives its bytes.
+    pub(crate) fn read(&self) -> Result<usize> {
+        match self {
+            Self::Float(layer) => read_floats(layer.weight()),
+            Self::Int8(layer) => layer.weight().read(),
+        }
+    }
+}
+
 /// Linear layers that take the same input; their outputs come side by side.
 #[derive(Debug)]
 pub(crate) enum Linears {
     Int8(Int8LinearGroup),
     Apart(Vec<Linear>),
+}
+
+impl Linears {
+    /// Reads the weights once; gives their bytes.
+    pub(crate) fn read(&self) -> Result<usize> {
+        match self {
+            Self::Int8(layers) => layers.layers().iter().map(|layer| layer.weight().read()).sum(),
+            Self::Apart(layers) => layers.iter().map(Linear::read).sum(),
+        }
+    }
 }
 
 impl Module for Linears {
@@ -47,6 +67,14 @@ pub(crate) enum Embedding {
 }
 
 impl Embedding {
+    /// Reads the table once; gives its bytes.
+    pub(crate) fn read(&self) -> Result<usize> {
+        match self {
+            Self::Float(table) => read_floats(table),
+            Self::Int8 { matrix, .. } => matrix.read(),
+        }
+    }
+
     /// The rows (.., width) in `F32` of token ids (..) in `U32`.
     pub(crate) fn lookup(&self, tokens: &Tensor) -> Result<Tensor> {
         let ids = tokens.flatten_all()?;

@@ -243,6 +243,13 @@ impl CausalLm for Opt {
             None => head.logits(hidden),
         }
     }
+
+    fn read_weights(&self) -> Result<usize> {
+        let blocks: usize = self.layers.iter().map(Block::read).sum::<Result<_>>()?;
+        let projections: usize =
+            self.project_in.iter().chain(&self.project_out).map(Linear::read).sum::<Result<_>>()?;
+        Ok(blocks + projections + self.lm_head.as_ref().unwrap_or(&self.embed_tokens).read()?)
+    }
 }
 
 struct Block {
@@ -267,6 +274,13 @@ impl Block {
             final_layer_norm: shape.layer_norm(&weights.pp("final_layer_norm"))?,
             do_layer_norm_before: shape.do_layer_norm_before,
         })
+    }
+
+    /// Reads the linear layers' weights once; gives their bytes.
+    fn read(&self) -> Result<usize> {
+        let others: usize =
+            [&self.self_attn.out_proj, &self.fc1, &self.fc2].into_iter().map(Linear::read).sum::<Result<_>>()?;
+        Ok(self.self_attn.projections.read()? + others)
     }
 
     /// (batch, tokens, hidden) to the same.

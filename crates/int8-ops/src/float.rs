@@ -31,6 +31,20 @@ pub fn float_matmul_with(
     x.contiguous()?.apply_op1_no_bwd(&op)
 }
 
+/// Reads every value of a matrix on the CPU once, and does nothing else: the least time that a product for
+/// one token can take. Gives the number of bytes.
+pub fn read_floats(matrix: &Tensor) -> Result<usize> {
+    let (storage, layout) = matrix.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("wanted a contiguous matrix on the CPU, found {matrix:?}")
+    };
+    Ok(cpu::limits::read(match cpu::FloatSlice::of(storage)? {
+        cpu::FloatSlice::F32(values) => bytemuck::cast_slice(&values[start..end]),
+        cpu::FloatSlice::F16(values) => bytemuck::cast_slice(&values[start..end]),
+        cpu::FloatSlice::BF16(values) => bytemuck::cast_slice(&values[start..end]),
+    }))
+}
+
 struct FloatMatmul {
     kernels: &'static Kernels,
     weight: Tensor,
@@ -84,6 +98,11 @@ impl FloatLinear {
     /// Takes a weight (out, in) in f32, f16 or bf16 and a bias (out) in any of the three.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         Ok(Self { weight, bias })
+    }
+
+    /// The weight (out, in).
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
     }
 }
 

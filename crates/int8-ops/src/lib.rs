@@ -31,7 +31,7 @@ mod quantize;
 
 pub use attention::{AttentionCache, attention, attention_with};
 pub use elementwise::{add, gelu, gelu_erf, relu};
-pub use float::{FloatLinear, float_matmul, float_matmul_with};
+pub use float::{FloatLinear, float_matmul, float_matmul_with, read_floats};
 pub use layer_norm::LayerNorm;
 pub use linear::{Int8Linear, Int8LinearGroup};
 pub use matmul::{WeightAndBias, int8_matmul, int8_matmul_with};

@@ -61,6 +61,11 @@ impl Int8LinearGroup {
             None => bail!("a group of int8 layers must have at least one"),
         }
     }
+
+    /// The layers, in the order of their outputs.
+    pub fn layers(&self) -> &[Int8Linear] {
+        &self.layers
+    }
 }
 
 impl Module for Int8LinearGroup {

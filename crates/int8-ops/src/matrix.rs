@@ -141,6 +141,12 @@ impl Int8Matrix {
         self.rows * self.cols + self.rows * DType::F32.size_in_bytes()
     }
 
+    /// Reads every code once, and does nothing else: the least time that a product for one token can take.
+    /// Gives the number of bytes.
+    pub fn read(&self) -> Result<usize> {
+        self.with_slices(|codes, _| Ok(cpu::limits::read(bytemuck::cast_slice(codes))))
+    }
+
     /// The float matrix (rows, cols), `F32`: `code * scale`.
     pub fn dequantize(&self) -> Result<Tensor> {
         signed(&self.codes()?)?.broadcast_mul(&self.scales.unsqueeze(1)?)

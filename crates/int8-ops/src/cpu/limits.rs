@@ -7,103 +7,74 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use super::Kernels;
+use super::{Kernels, team, tiles};
 
-/// Passes over the buffer; the fastest counts, as others share the machine's memory.
-const READ_PASSES: usize = 10;
-/// Runs of products; the fastest counts.
-const DOT_RUNS: usize = 5;
 /// Steps of every chain of products in a run: some milliseconds.
 const DOT_STEPS: usize = 2_000_000;
 
-/// A cache line of the buffer.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-struct Line([u64; 8]);
+/// Bytes of a stretch of memory that a thread is given at a time.
+const BYTES_PER_PART: usize = 1 << 15;
 
-/// Bytes a second that `threads` threads read from memory, each one part of a buffer of `bytes`, which must
-/// be far larger than the caches.
-pub fn read_bandwidth(threads: usize, bytes: usize) -> f64 {
-    let lines = (bytes / size_of::<Line>() / threads).max(1);
-    let fastest = fastest(threads, READ_PASSES, |thread| {
-        // Each thread has memory of its own, which it writes first: zeros that nobody wrote are all one page.
-        let part = vec![Line([thread as u64 + 1; 8]); lines];
-        move || {
-            black_box(sum(&part));
-        }
+/// Reads all the bytes, shared among the threads as a layer's weight is, and does as little with them as will
+/// read them, so that memory is all that is waited for. Gives how many they are.
+pub(crate) fn read(bytes: &[u8]) -> usize {
+    team::for_each_range(bytes.len(), BYTES_PER_PART, |range| {
+        black_box(sum(&bytes[range]));
     });
-    (threads * lines * size_of::<Line>()) as f64 / fastest.as_secs_f64()
+    bytes.len()
 }
 
-/// The sum of all numbers: as little work as will read them, so that memory is all it waits for.
-fn sum(lines: &[Line]) -> u64 {
+/// The sum, modulo 2^64, of the whole 64-bit numbers that the bytes are.
+fn sum(bytes: &[u8]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
             // SAFETY: the processor has the feature.
-            return unsafe { avx512::sum(lines) };
+            return unsafe { sum_avx512(bytes) };
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has the feature.
-            return unsafe { avx2::sum(lines) };
+            return unsafe { sum_avx2(bytes) };
         }
     }
-    lines.iter().flat_map(|line| line.0).fold(0, u64::wrapping_add)
-}
-
-/// Sums in registers of one width: their type, the feature, the intrinsics.
-#[cfg(target_arch = "x86_64")]
-macro_rules! sums {
-    ($name:ident, $feature:literal, $register:ty, $load:ident, $add:ident) => {
-        mod $name {
-            use std::arch::x86_64::*;
-
-            use super::Line;
-
-            /// Parts of the lines that are read side by side, as a processor fetches ahead in several places.
-            const STREAMS: usize = 4;
-            /// Registers of a line.
-            const PARTS: usize = size_of::<Line>() / size_of::<$register>();
-
-            #[target_feature(enable = $feature)]
-            pub(super) fn sum(lines: &[Line]) -> u64 {
-                let len = lines.len() / STREAMS;
-                let (whole, rest) = lines.split_at(STREAMS * len);
-                let zero = [0u64; size_of::<$register>() / size_of::<u64>()];
-                // SAFETY: the array is as large as the register.
-                let mut sums = [[unsafe { $load(zero.as_ptr().cast()) }; PARTS]; STREAMS];
-                for index in 0..len {
-                    for (stream, sums) in sums.iter_mut().enumerate() {
-                        let line = whole[stream * len + index].0.as_ptr().cast::<$register>();
-                        for (part, sum) in sums.iter_mut().enumerate() {
-                            // SAFETY: the line has so many parts.
-                            *sum = $add(*sum, unsafe { $load(line.add(part).cast()) });
-                        }
-                    }
-                }
-                let total = sums.as_flattened().iter().fold(0u64, |total, sum| {
-                    // SAFETY: a register is so many numbers.
-                    let lanes: [u64; size_of::<$register>() / size_of::<u64>()] = unsafe { std::mem::transmute(*sum) };
-                    lanes.into_iter().fold(total, u64::wrapping_add)
-                });
-                rest.iter().flat_map(|line| line.0).fold(total, u64::wrapping_add)
-            }
-        }
-    };
+    sum_portable(bytes)
 }
 
 #[cfg(target_arch = "x86_64")]
-sums!(avx512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_add_epi64);
+#[target_feature(enable = "avx512f")]
+fn sum_avx512(bytes: &[u8]) -> u64 {
+    sum_portable(bytes)
+}
+
 #[cfg(target_arch = "x86_64")]
-sums!(avx2, "avx2", __m256i, _mm256_loadu_si256, _mm256_add_epi64);
+#[target_feature(enable = "avx2")]
+fn sum_avx2(bytes: &[u8]) -> u64 {
+    sum_portable(bytes)
+}
+
+/// A plain loop, which is vectorised for what it is compiled for.
+#[inline(always)]
+fn sum_portable(bytes: &[u8]) -> u64 {
+    /// Sums side by side: four of the widest vectors.
+    const LANES: usize = 32;
+    let (numbers, _) = bytes.as_chunks::<8>();
+    let (blocks, rest) = numbers.as_chunks::<LANES>();
+    let mut sums = [0u64; LANES];
+    for block in blocks {
+        tiles::prefetch_after(block.as_ptr());
+        sums.iter_mut().zip(block).for_each(|(sum, number)| *sum = sum.wrapping_add(u64::from_ne_bytes(*number)));
+    }
+    let rest = rest.iter().map(|number| u64::from_ne_bytes(*number));
+    sums.into_iter().chain(rest).fold(0, u64::wrapping_add)
+}
 
 /// Operations a second (a product of two codes and its addition are two) that `threads` threads do with the
 /// dot instruction of the instruction set in use, on operands that stay in registers; `None` where it has
 /// no such instruction.
 pub fn int8_dot_peak(threads: usize) -> Option<f64> {
     let chains = dot_chains(Kernels::active())?;
-    let fastest = fastest(threads, DOT_RUNS, |_| move || (chains.run)(DOT_STEPS));
-    Some((2 * threads * DOT_STEPS * chains.products_per_step) as f64 / fastest.as_secs_f64())
+    let duration = slowest(threads, || (chains.run)(DOT_STEPS));
+    Some((2 * threads * DOT_STEPS * chains.products_per_step) as f64 / duration.as_secs_f64())
 }
 
 /// Chains of the dot instruction that do not wait for each other.
@@ -165,30 +136,24 @@ dot_chains!(ymm_evex, "avx2,avx512vl,avx512vnni", __m256i, _mm256_set1_epi8, _mm
 #[cfg(target_arch = "x86_64")]
 dot_chains!(ymm_vex, "avx2,avxvnni", __m256i, _mm256_set1_epi8, _mm256_dpbusd_avx_epi32);
 
-/// The time of the fastest of `runs` runs, from when `threads` threads begin together to when the last one
-/// ends; `prepare(thread)` makes what a thread runs.
-fn fastest<R: FnMut()>(threads: usize, runs: usize, prepare: impl Fn(usize) -> R + Sync) -> Duration {
+/// The time from when `threads` threads begin with `run` together to when the last one ends.
+fn slowest(threads: usize, run: impl Fn() + Sync) -> Duration {
     let barrier = Barrier::new(threads);
-    let work = |thread: usize| {
-        let mut run = prepare(thread);
-        let mut time = || {
-            barrier.wait();
-            let start = Instant::now();
-            run();
-            barrier.wait();
-            start.elapsed()
-        };
+    let time = || {
         // The first run finds the processor asleep.
-        time();
-        (0..runs).map(|_| time()).min().unwrap_or_default()
+        run();
+        barrier.wait();
+        let start = Instant::now();
+        run();
+        barrier.wait();
+        start.elapsed()
     };
     // Every thread waits for the last one, so one thread's clock does for all.
     std::thread::scope(|scope| {
-        let work = &work;
-        for thread in 1..threads {
-            scope.spawn(move || work(thread));
+        for _ in 1..threads {
+            scope.spawn(time);
         }
-        work(0)
+        time()
     })
 }
 
@@ -199,16 +164,15 @@ mod tests {
     #[test]
     fn every_number_is_read() {
         for count in [0, 1, 5, 64, 1003] {
-            let lines: Vec<Line> =
-                (0..count).map(|line| Line(std::array::from_fn(|lane| line * 8 + lane as u64))).collect();
-            assert_eq!(sum(&lines), (0..count * 8).sum::<u64>(), "{count}");
+            let numbers: Vec<u64> = (0..count).map(|number| number * number).collect();
+            let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
+            assert_eq!(sum(&bytes), numbers.iter().sum::<u64>(), "{count}");
+            assert_eq!(read(&bytes), bytes.len());
         }
     }
 
     #[test]
-    fn limits_are_numbers_and_instruction_sets_without_dots_have_none() {
-        let bandwidth = read_bandwidth(2, 1 << 20);
-        assert!(bandwidth.is_finite() && bandwidth > 0.0);
+    fn the_dot_peak_is_a_number_and_instruction_sets_without_dots_have_none() {
         for kernels in Kernels::available() {
             assert_eq!(dot_chains(kernels).is_some(), kernels.name.contains("vnni"), "{}", kernels.name);
         }

@@ -16,7 +16,6 @@ use super::model;
 use crate::args::{BenchArgs, MachineArgs, PrecisionArgs, PrecisionName};
 use crate::failure::{self, Failure};
 use crate::{interrupt, output};
-use limits::Limits;
 use measure::{Bench, Test};
 use report::{Load, Row};
 
@@ -102,18 +101,15 @@ fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
     interrupt::listen(args.output.quiet);
     let (tests, precisions) = (tests(args), precisions(args, &folder)?);
 
-    // Before and after: the machine may be busy with other things at one of the times.
-    let mut limits = Limits::measure();
     let mut measured = Vec::new();
     for precision in &precisions {
         let (load, figures) = measure_precision(args, &folder, precision, &tests)?;
         measured.push((precision, load, figures));
     }
-    limits = limits.best(Limits::measure());
     let name = model::name(&args.model);
-    let rows = measured.iter().flat_map(|(precision, load, figures)| {
-        figures.iter().map(|figures| Row::new(&name, precision, load, figures, &limits))
-    });
+    let rows = measured
+        .iter()
+        .flat_map(|(precision, load, figures)| figures.iter().map(|figures| Row::new(&name, precision, load, figures)));
     Ok(rows.collect())
 }
 

@@ -1,11 +1,9 @@
 //! The limits of this machine, with the threads and kernels that the model runs with.
 
-use int8_ops::cpu::limits::{int8_dot_peak, read_bandwidth};
+use std::time::Instant;
 
-use crate::machine;
-
-/// Bytes that are read to measure memory: far more than caches hold.
-const BUFFER: u64 = 1 << 29;
+use int8_models::{CausalLm, Error};
+use int8_ops::cpu::limits::int8_dot_peak;
 
 /// What the machine can do at best.
 #[derive(Debug, Clone, Copy)]
@@ -17,17 +15,40 @@ pub struct Limits {
 }
 
 impl Limits {
-    pub fn measure() -> Self {
-        let threads = rayon::current_num_threads();
-        let buffer = machine::memory().map_or(BUFFER, |memory| BUFFER.min(memory.available / 4));
-        Self { read_bandwidth: read_bandwidth(threads, buffer as usize), int8_dot_peak: int8_dot_peak(threads) }
+    /// What the machine gives at this moment. Memory is read where the model's weights are: other work on the
+    /// machine, and what pages a program has been given, make twice as much or half of it.
+    pub fn measure(model: &dyn CausalLm) -> Result<Self, Error> {
+        let start = Instant::now();
+        let bytes = model.read_weights()?;
+        let read_bandwidth = bytes as f64 / start.elapsed().as_secs_f64();
+        Ok(Self { read_bandwidth, int8_dot_peak: int8_dot_peak(rayon::current_num_threads()) })
     }
 
-    /// The higher of both, each by itself.
-    pub fn best(self, other: Self) -> Self {
+    /// The median of each.
+    pub fn median(all: &[Self]) -> Self {
+        let dot_peaks: Vec<f64> = all.iter().filter_map(|limits| limits.int8_dot_peak).collect();
         Self {
-            read_bandwidth: self.read_bandwidth.max(other.read_bandwidth),
-            int8_dot_peak: self.int8_dot_peak.zip(other.int8_dot_peak).map(|(one, other)| one.max(other)),
+            read_bandwidth: median(all.iter().map(|limits| limits.read_bandwidth).collect()),
+            int8_dot_peak: (!dot_peaks.is_empty()).then(|| median(dot_peaks)),
+        }
+    }
+}
+
+/// The middle of at least one value, or between the two that are in the middle.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let (middle, last) = (values.len() / 2, values.len() - 1);
+    (values[middle] + values[last - middle]) / 2.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        for (values, expected) in [(vec![3.0], 3.0), (vec![4.0, 1.0], 2.5), (vec![9.0, 1.0, 2.0], 2.0)] {
+            assert_eq!(median(values), expected);
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use int8_models::{CausalLm, Error, KvCache};
 
+use super::limits::{Limits, median};
 use crate::failure::Failure;
 use crate::{interrupt, output};
 
@@ -57,6 +58,8 @@ pub struct Figures {
     pub test: Test,
     /// Of each repetition.
     pub seconds: Vec<f64>,
+    /// Those of the machine, measured before each repetition.
+    pub limits: Limits,
     /// The process's largest memory while the test ran.
     pub peak_rss_bytes: Option<usize>,
 }
@@ -70,11 +73,10 @@ pub struct Spread {
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let (middle, last) = (values.len() / 2, values.len() - 1);
-        let median = (values[middle] + values[last - middle]) / 2.0;
-        Self { median, min: values[0], max: values[last] }
+    fn of(values: Vec<f64>) -> Self {
+        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = values.iter().copied().fold(0.0, f64::max);
+        Self { median: median(values), min, max }
     }
 }
 
@@ -90,7 +92,7 @@ impl Figures {
     }
 
     pub fn median_seconds(&self) -> f64 {
-        Spread::of(self.seconds.clone()).median
+        median(self.seconds.clone())
     }
 }
 
@@ -106,41 +108,39 @@ impl Bench<'_> {
     pub fn measure(&self, test: &Test) -> anyhow::Result<Figures> {
         output::reset_peak_rss();
         let mut random = Rng::with_seed(0);
-        let seconds = match *test {
-            Test::Prefill { batch, prompt_len } => self.prefill(batch, prompt_len, &mut random)?,
-            Test::Decode { batch, context, gen_len } => self.decode(batch, context, gen_len, &mut random)?,
-        };
-        let seconds = seconds.iter().map(Duration::as_secs_f64).collect();
-        Ok(Figures { test: *test, seconds, peak_rss_bytes: output::peak_rss_bytes() })
-    }
-
-    fn prefill(&self, batch: usize, prompt_len: usize, random: &mut Rng) -> anyhow::Result<Vec<Duration>> {
-        let mut durations = Vec::new();
-        for _ in 0..=self.repetitions {
-            let ids = self.ids(batch * prompt_len, random);
-            let start = Instant::now();
-            self.step(&ids, batch, &mut KvCache::new(self.model.num_layers()))?;
-            durations.push(start.elapsed());
-        }
-        durations.remove(0);
-        Ok(durations)
-    }
-
-    fn decode(&self, batch: usize, context: usize, gen_len: usize, random: &mut Rng) -> anyhow::Result<Vec<Duration>> {
         let mut cache = KvCache::new(self.model.num_layers());
-        if context > 0 {
-            self.step(&self.ids(batch * context, random), batch, &mut cache)?;
+        let batch = test.batch();
+        if let Test::Decode { context, .. } = *test
+            && context > 0
+        {
+            self.step(&self.ids(batch * context, &mut random), batch, &mut cache)?;
         }
-        let mut generate = |len: usize| -> anyhow::Result<Duration> {
-            cache.truncate(context);
-            let start = Instant::now();
-            for _ in 0..len {
-                self.step(&self.ids(batch, random), batch, &mut cache)?;
-            }
-            Ok(start.elapsed())
+        self.run(test, &mut cache, WARM_UP, &mut random)?;
+        let (mut seconds, mut limits) = (Vec::new(), Vec::new());
+        for _ in 0..self.repetitions {
+            limits.push(Limits::measure(self.model)?);
+            seconds.push(self.run(test, &mut cache, usize::MAX, &mut random)?.as_secs_f64());
+        }
+        let peak_rss_bytes = output::peak_rss_bytes();
+        Ok(Figures { test: *test, seconds, limits: Limits::median(&limits), peak_rss_bytes })
+    }
+
+    /// One repetition, of at most `tokens` tokens where they are generated.
+    fn run(&self, test: &Test, cache: &mut KvCache, tokens: usize, random: &mut Rng) -> anyhow::Result<Duration> {
+        let (batch, per_step, steps) = match *test {
+            Test::Prefill { batch, prompt_len } => (batch, prompt_len, 1),
+            Test::Decode { batch, gen_len, .. } => (batch, 1, gen_len.min(tokens)),
         };
-        generate(WARM_UP.min(gen_len))?;
-        (0..self.repetitions).map(|_| generate(gen_len)).collect()
+        match *test {
+            // Its room is part of a prompt's cost.
+            Test::Prefill { .. } => *cache = KvCache::new(self.model.num_layers()),
+            Test::Decode { context, .. } => cache.truncate(context),
+        }
+        let start = Instant::now();
+        for _ in 0..steps {
+            self.step(&self.ids(batch * per_step, random), batch, cache)?;
+        }
+        Ok(start.elapsed())
     }
 
     /// One pass up to the logits, as generation does it.
@@ -160,10 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_in_the_middle() {
-        for (values, median) in [(vec![3.0], 3.0), (vec![4.0, 1.0], 2.5), (vec![9.0, 1.0, 2.0], 2.0)] {
-            assert_eq!(Spread::of(values).median, median);
-        }
+    fn a_spread_is_from_the_least_to_the_most() {
         let spread = Spread::of(vec![5.0, 1.0, 2.0, 3.0]);
         assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.5, 5.0));
     }

@@ -4,7 +4,6 @@ use int8_models::{Loaded, Precision};
 use int8_ops::cpu::Kernels;
 use serde::{Deserialize, Serialize};
 
-use super::limits::Limits;
 use super::measure::{Figures, Test};
 use crate::output;
 
@@ -52,7 +51,7 @@ pub struct Row {
     pub weight_bytes_per_token: usize,
     /// Two for each product of codes, those of the head aside.
     pub int8_operations_per_token: usize,
-    /// Bytes a second.
+    /// Bytes of the model's weights that are read a second, where nothing else is done.
     pub read_bandwidth: f64,
     /// Operations a second; null where the instruction set has no dot product of codes.
     pub int8_dot_peak: Option<f64>,
@@ -84,7 +83,8 @@ impl Load {
 }
 
 impl Row {
-    pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures, limits: &Limits) -> Self {
+    pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures) -> Self {
+        let limits = figures.limits;
         let speed = figures.tokens_per_second();
         let seconds = figures.median_seconds();
         let batch = figures.test.batch();

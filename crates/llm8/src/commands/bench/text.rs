@@ -3,6 +3,7 @@
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::limits::median;
 use super::report::Row;
 use crate::output::{precise_bytes, thousands};
 
@@ -86,8 +87,9 @@ fn limits(rows: &[Row]) -> String {
     let groups = rows.chunk_by(|one, other| one.threads == other.threads);
     let lines = groups.map(|group| {
         let row = &group[0];
-        let bandwidth = precise_bytes(row.read_bandwidth as u64);
-        let dots = row.int8_dot_peak.map_or(String::new(), |peak| {
+        let bandwidth = precise_bytes(median(group.iter().map(|row| row.read_bandwidth).collect()) as u64);
+        let dots = group.iter().map(|row| row.int8_dot_peak).collect::<Option<_>>().map(median);
+        let dots = dots.map_or(String::new(), |peak| {
             format!(" and {} billion int8 operations", thousands((peak / 1e9).round() as u64))
         });
         format!("limits of {}, {}: reads {bandwidth}{dots} a second", threads(row.threads), row.instruction_set)
