@@ -1,9 +1,8 @@
 //! Causal attention over cached keys and values, as Candle custom ops.
 
-use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, WithDType, bail};
-use half::f16;
+use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::{self, KEYS_PER_BLOCK, Kernels, LANES, OuterSum, Queries, padded, team};
+use crate::cpu::{self, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Queries, padded, team};
 
 /// The keys and values of one layer, with room for more, in the layout that [`attention`] reads: keys in
 /// groups whose like features lie side by side, so that a vector holds one feature of 16 keys.
@@ -89,26 +88,21 @@ impl InplaceOp2 for Write {
         let CpuStorage::F32(new) = new else { bail!("keys and values must be F32") };
         let start = cache_layout.start_offset();
         match cache {
-            CpuStorage::F32(cache) => self.write(&mut cache[start..], cache_layout, new, layout, |value| value),
-            CpuStorage::F16(cache) => self.write(&mut cache[start..], cache_layout, new, layout, f16::from_f32),
+            CpuStorage::F32(cache) => self.write(&mut cache[start..], cache_layout, new, layout),
+            CpuStorage::F16(cache) => self.write(&mut cache[start..], cache_layout, new, layout),
             _ => bail!("a cache must be F16 or F32"),
         }
     }
 }
 
 impl Write {
-    fn write<T: Send>(
-        &self,
-        cache: &mut [T],
-        cache_layout: &Layout,
-        new: &[f32],
-        layout: &Layout,
-        narrow: impl Fn(f32) -> T + Sync,
-    ) -> Result<()> {
+    fn write<T: CacheValue>(&self, cache: &mut [T], cache_layout: &Layout, new: &[f32], layout: &Layout) -> Result<()> {
         let (batch, heads, tokens, head_dim) = layout.shape().dims4()?;
         let strides = head_strides(layout)?;
         let per_head: usize = cache_layout.dims()[2..].iter().product();
+        let kernels = Kernels::active();
         let write = |(row, cache): (usize, &mut [T])| {
+            let mut narrowed = cache[..head_dim].to_vec();
             for token in 0..tokens {
                 let from = layout.start_offset() + row / heads * strides[0] + row % heads * strides[1];
                 let new = &new[from + token * strides[2]..][..head_dim];
@@ -116,12 +110,12 @@ impl Write {
                 match self.place {
                     Place::Key => {
                         let group = &mut cache[position / LANES * LANES * head_dim..][..LANES * head_dim];
+                        T::narrow(kernels, new, &mut narrowed);
                         let places = group.iter_mut().skip(position % LANES).step_by(LANES);
-                        places.zip(new).for_each(|(place, &value)| *place = narrow(value));
+                        places.zip(&narrowed).for_each(|(place, value)| *place = *value);
                     }
                     Place::Value => {
-                        let places = &mut cache[position * padded(head_dim)..][..head_dim];
-                        places.iter_mut().zip(new).for_each(|(place, &value)| *place = narrow(value));
+                        T::narrow(kernels, new, &mut cache[position * padded(head_dim)..][..head_dim]);
                     }
                 }
             }
@@ -203,10 +197,10 @@ impl CustomOp3 for Attention {
             Queries { values: &all[queries_layout.start_offset()..], batch, heads, tokens, head_dim, strides };
         let out = match (keys, values) {
             (CpuStorage::F16(keys), CpuStorage::F16(values)) => {
-                self.attend(self.kernels.f16_outer, &queries, (keys, keys_layout), (values, values_layout))
+                self.attend(&queries, (keys, keys_layout), (values, values_layout))
             }
             (CpuStorage::F32(keys), CpuStorage::F32(values)) => {
-                self.attend(self.kernels.f32_outer, &queries, (keys, keys_layout), (values, values_layout))
+                self.attend(&queries, (keys, keys_layout), (values, values_layout))
             }
             _ => bail!("attention: a cache must be F16 or F32"),
         };
@@ -215,9 +209,8 @@ impl CustomOp3 for Attention {
 }
 
 impl Attention {
-    fn attend<T: WithDType>(
+    fn attend<T: CacheValue>(
         &self,
-        outer: OuterSum<T>,
         queries: &Queries,
         (keys, keys_layout): (&[T], &Layout),
         (values, values_layout): (&[T], &Layout),
@@ -228,9 +221,9 @@ impl Attention {
             capacity: values_layout.dims()[2],
             past: self.past,
         };
-        let mut out = vec![0f32; queries.batch * queries.tokens * queries.heads * queries.head_dim];
+        let mut out = cpu::zeros(queries.batch * queries.tokens * queries.heads * queries.head_dim);
         let scale = 1.0 / (queries.head_dim as f32).sqrt();
-        cpu::attend(self.kernels, outer, queries, cached, scale, self.slopes.as_deref(), &mut out);
+        cpu::attend(self.kernels, queries, cached, scale, self.slopes.as_deref(), &mut out);
         out
     }
 }

@@ -23,15 +23,17 @@ pub(crate) mod team;
 #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(unused))]
 mod tiles;
 
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
+use bytemuck::Pod;
 use candle_core::{CpuStorage, Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 pub(crate) use activations::{Activations, Values};
 pub use attention::RunningSoftmax;
-pub(crate) use attention::{Cached, KEYS_PER_BLOCK, LANES, Queries, attend, padded};
+pub(crate) use attention::{CacheValue, Cached, KEYS_PER_BLOCK, LANES, Queries, attend, padded};
 pub use product::Finish;
 pub(crate) use product::{OutputColumns, float_product, int8_product};
 
@@ -77,6 +79,10 @@ pub struct Kernels {
     pub gelu: fn(x: &mut [f32]),
     /// GELU in the exact form, by the error function.
     pub gelu_erf: fn(x: &mut [f32]),
+    /// f16 values as f32.
+    pub widen: fn(values: &[f16], out: &mut [f32]),
+    /// f32 values as the nearest f16, half to even.
+    pub narrow: fn(values: &[f32], out: &mut [f16]),
     /// The sums of products of floats with an f32 weight; see [`FloatDots`].
     pub f32_dots: FloatDots<f32>,
     /// The sums of products of floats with an f16 weight; see [`FloatDots`].
@@ -171,6 +177,32 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
 
 /// Values that are worth the share of another thread.
 const VALUES_PER_PART: usize = 1 << 14;
+
+/// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
+/// the system if not here, and is best cleared where it is filled.
+pub(crate) fn zeros<T: Pod + Send + Sync>(len: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(len);
+    let parts = values.spare_capacity_mut()[..len].chunks_mut(ZEROS_PER_PART).collect();
+    team::for_each(parts, |part: &mut [MaybeUninit<T>]| part.fill(MaybeUninit::new(T::zeroed())));
+    // SAFETY: all of them are written.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// `len` values that `write` writes.
+///
+/// # Safety
+/// `write` must write them all where it gives no error.
+pub(crate) unsafe fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>]) -> Result<()>) -> Result<Vec<T>> {
+    let mut values = Vec::with_capacity(len);
+    write(&mut values.spare_capacity_mut()[..len])?;
+    // SAFETY: the caller vouches for it.
+    unsafe { values.set_len(len) };
+    Ok(values)
+}
+
+/// Values that a thread clears at a time.
+const ZEROS_PER_PART: usize = 1 << 17;
 
 /// Calls `work(first, rows)` with runs of rows (.., width) of `values`, `first` the number of the first of
 /// them, from several threads where there are many.

@@ -1,5 +1,7 @@
 //! Float activations times float weights, which are widened in registers and never in memory.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use candle_nn::Module;
 
@@ -61,24 +63,30 @@ impl CustomOp1 for FloatMatmul {
         let (rows, cols) = self.weight.dims2()?;
         let (weight, weight_layout) = self.weight.storage_and_layout();
         let range = weight_layout.start_offset()..weight_layout.start_offset() + rows * cols;
-        let mut product = vec![0f32; layout.shape().elem_count() / cols * rows];
-        let output = &mut OutputColumns { matrix: &mut product, width: rows, columns: 0..rows };
         let kernels = self.kernels;
-        bias_values(self.bias.as_ref(), |bias| {
-            match &*weight {
-                Storage::Cpu(CpuStorage::F32(weight)) => {
-                    cpu::float_product(kernels.f32_dots, &values, &weight[range], bias, output)
+        let fill = |matrix: &mut [MaybeUninit<f32>]| {
+            bias_values(self.bias.as_ref(), |bias| {
+                let output = &mut OutputColumns { matrix, width: rows, columns: 0..rows };
+                match &*weight {
+                    Storage::Cpu(CpuStorage::F32(weight)) => {
+                        cpu::float_product(kernels.f32_dots, &values, &weight[range], bias, output)
+                    }
+                    Storage::Cpu(CpuStorage::F16(weight)) => {
+                        cpu::float_product(kernels.f16_dots, &values, &weight[range], bias, output)
+                    }
+                    Storage::Cpu(CpuStorage::BF16(weight)) => {
+                        cpu::float_product(kernels.bf16_dots, &values, &weight[range], bias, output)
+                    }
+                    _ => bail!(
+                        "float matmul: activations are on the CPU, but the weight is on {:?}",
+                        self.weight.device()
+                    ),
                 }
-                Storage::Cpu(CpuStorage::F16(weight)) => {
-                    cpu::float_product(kernels.f16_dots, &values, &weight[range], bias, output)
-                }
-                Storage::Cpu(CpuStorage::BF16(weight)) => {
-                    cpu::float_product(kernels.bf16_dots, &values, &weight[range], bias, output)
-                }
-                _ => bail!("float matmul: activations are on the CPU, but the weight is on {:?}", self.weight.device()),
-            }
-            Ok(())
-        })?;
+                Ok(())
+            })
+        };
+        // SAFETY: the product fills its columns, which are all.
+        let product = unsafe { cpu::written(layout.shape().elem_count() / cols * rows, fill)? };
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = rows;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::Module;
 
-use crate::cpu::{Kernels, for_each_rows};
+use crate::cpu::{self, Kernels, for_each_rows};
 use crate::matmul::{is_vector_dtype, vector_values};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32`;
@@ -45,7 +45,7 @@ impl CustomOp1 for LayerNorm {
             bail!("layer norm: x is {:?}, but the weight is ({width})", layout.shape());
         }
         let kernels = Kernels::active();
-        let mut out = vec![0f32; x.len()];
+        let mut out = cpu::zeros(x.len());
         vector_values(&self.weight, |weight| {
             vector_values(&self.bias, |bias| {
                 for_each_rows(&mut out, width, |first, out| {

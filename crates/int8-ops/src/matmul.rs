@@ -1,5 +1,7 @@
 //! The LLM.int8() product as one Candle custom op.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
@@ -98,19 +100,23 @@ impl CustomOp1 for Int8Matmul {
         let values = Values::from_storage(x, layout)?;
         let activations = Activations::quantize(self.kernels, &values, self.threshold);
         let width = self.weights.iter().map(|(weight, _)| weight.dims().0).sum();
-        let mut product = vec![0f32; activations.scales.len() * width];
-        let mut first = 0;
-        for (weight, bias) in &self.weights {
-            let columns = first..first + weight.dims().0;
-            first = columns.end;
-            let mut output = OutputColumns { matrix: &mut product, width, columns };
-            bias_values(bias.as_ref(), |bias| {
-                weight.with_slices(|codes, scales| {
-                    cpu::int8_product(self.kernels, &activations, codes, scales, bias, &mut output);
-                    Ok(())
-                })
-            })?;
-        }
+        let fill = |matrix: &mut [MaybeUninit<f32>]| {
+            let mut first = 0;
+            for (weight, bias) in &self.weights {
+                let columns = first..first + weight.dims().0;
+                first = columns.end;
+                let mut output = OutputColumns { matrix, width, columns };
+                bias_values(bias.as_ref(), |bias| {
+                    weight.with_slices(|codes, scales| {
+                        cpu::int8_product(self.kernels, &activations, codes, scales, bias, &mut output);
+                        Ok(())
+                    })
+                })?;
+            }
+            Ok(())
+        };
+        // SAFETY: each product fills its columns, and together they are as wide as the matrix.
+        let product = unsafe { cpu::written(activations.scales.len() * width, fill)? };
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = width;

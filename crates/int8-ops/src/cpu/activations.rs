@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
 
-use super::{FloatSlice, Kernels, VALUES_PER_PART, quantize_row, team};
+use super::{FloatSlice, Kernels, VALUES_PER_PART, quantize_row, team, zeros};
 
 /// Float activations of a batch: `sequences` of `tokens` rows of `cols` values.
 pub(crate) struct Values<'a> {
@@ -61,7 +61,7 @@ pub(crate) struct Codes {
 impl Codes {
     fn zeros(len: usize) -> Self {
         const LINE: usize = 64;
-        let buffer = vec![0i8; len + LINE];
+        let buffer = zeros::<i8>(len + LINE);
         let start = buffer.as_ptr().align_offset(LINE).min(LINE);
         Self { buffer, range: start..start + len }
     }

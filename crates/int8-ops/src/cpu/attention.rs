@@ -5,6 +5,8 @@
 //! (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135). What a query
 //! gets is the same bit for bit whatever other queries are worked on beside it.
 
+use half::f16;
+
 use super::{Kernels, OuterSum, team};
 
 /// Keys whose scores are worked on at a time.
@@ -13,7 +15,9 @@ pub(crate) const KEYS_PER_BLOCK: usize = 64;
 pub(crate) const LANES: usize = 16;
 /// Queries of one head that a thread works on at a time, so that a block of keys and values serves
 /// several while it is in the nearest cache.
-const QUERIES_PER_UNIT: usize = 24;
+const QUERIES_PER_UNIT: usize = 48;
+/// Queries from which a block of keys and values is worth widening once for all of them.
+const MANY_QUERIES: usize = 12;
 /// Products below which work is not worth sharing with another thread.
 const PRODUCTS_PER_PART: usize = 1 << 17;
 
@@ -40,6 +44,48 @@ pub(crate) struct Cached<'a, T> {
     pub(crate) past: usize,
 }
 
+/// What keys and values are cached in.
+pub(crate) trait CacheValue: Copy + Send + Sync {
+    /// The kernel that works on it.
+    fn outer(kernels: &Kernels) -> OuterSum<Self>;
+
+    /// The values in f32, written to `room` where they are narrower.
+    fn widened<'a>(kernels: &Kernels, values: &'a [Self], room: &'a mut Vec<f32>) -> &'a [f32];
+
+    /// Writes f32 values as this.
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]);
+}
+
+impl CacheValue for f32 {
+    fn outer(kernels: &Kernels) -> OuterSum<Self> {
+        kernels.f32_outer
+    }
+
+    fn widened<'a>(_kernels: &Kernels, values: &'a [Self], _room: &'a mut Vec<f32>) -> &'a [f32] {
+        values
+    }
+
+    fn narrow(_kernels: &Kernels, values: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(values);
+    }
+}
+
+impl CacheValue for f16 {
+    fn outer(kernels: &Kernels) -> OuterSum<Self> {
+        kernels.f16_outer
+    }
+
+    fn widened<'a>(kernels: &Kernels, values: &'a [Self], room: &'a mut Vec<f32>) -> &'a [f32] {
+        room.resize(values.len(), 0.0);
+        (kernels.widen)(values, room);
+        room
+    }
+
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]) {
+        (kernels.narrow)(values, out);
+    }
+}
+
 /// A softmax that sees its scores block by block.
 #[derive(Debug, Clone, Copy)]
 pub struct RunningSoftmax {
@@ -62,9 +108,8 @@ pub(crate) fn padded(head_dim: usize) -> usize {
 /// softmax(scale * q k^T + slope * key position) v over the keys up to each query's own position, into
 /// `out` (batch, tokens, heads, head_dim). ALiBi comes by a slope for each head: what is constant over
 /// the keys changes no softmax, so the key's absolute position serves every query.
-pub(crate) fn attend<T: Copy + Sync>(
+pub(crate) fn attend<T: CacheValue>(
     kernels: &Kernels,
-    outer: OuterSum<T>,
     queries: &Queries,
     cached: Cached<T>,
     scale: f32,
@@ -94,7 +139,7 @@ pub(crate) fn attend<T: Copy + Sync>(
     team::for_each(parts, |units| {
         for unit in units {
             let slope = slopes.map_or(0.0, |slopes| slopes[unit.head]);
-            unit.attend(kernels, outer, queries, cached, scale, slope);
+            unit.attend(kernels, queries, cached, scale, slope);
         }
     });
 }
@@ -110,15 +155,7 @@ struct Unit<'a> {
 }
 
 impl Unit<'_> {
-    fn attend<T: Copy>(
-        self,
-        kernels: &Kernels,
-        outer: OuterSum<T>,
-        queries: &Queries,
-        cached: Cached<T>,
-        scale: f32,
-        slope: f32,
-    ) {
+    fn attend<T: CacheValue>(self, kernels: &Kernels, queries: &Queries, cached: Cached<T>, scale: f32, slope: f32) {
         let (count, head_dim) = (self.outputs.len(), queries.head_dim);
         let width = padded(head_dim);
         let row = self.batch * queries.heads + self.head;
@@ -132,6 +169,7 @@ impl Unit<'_> {
         }
         let mut scores = vec![0f32; count * KEYS_PER_BLOCK];
         let mut contexts = vec![0f32; count * width];
+        let mut widened = Vec::new();
         let mut softmaxes = vec![RunningSoftmax::EMPTY; count];
         let position = |query: usize| cached.past + self.first + query;
         for first_key in (0..=position(count - 1)).step_by(KEYS_PER_BLOCK) {
@@ -140,7 +178,8 @@ impl Unit<'_> {
             let scores = &mut scores[skipped * KEYS_PER_BLOCK..];
             let keys = &keys[first_key * head_dim..][..KEYS_PER_BLOCK * head_dim];
             scores.fill(0.0);
-            outer(&scaled[skipped * head_dim..], head_dim, keys, [LANES, LANES * head_dim], scores, KEYS_PER_BLOCK);
+            let (scaled, strides) = (&scaled[skipped * head_dim..], [LANES, LANES * head_dim]);
+            outer_sum(kernels, scaled, head_dim, keys, strides, scores, KEYS_PER_BLOCK, &mut widened);
             for (query, scores) in (skipped..).zip(scores.chunks_mut(KEYS_PER_BLOCK)) {
                 let seen = (position(query) + 1 - first_key).min(KEYS_PER_BLOCK);
                 let shrink = (kernels.softmax_block)(scores, seen, slope, first_key, &mut softmaxes[query]);
@@ -149,10 +188,29 @@ impl Unit<'_> {
             }
             let depth = (position(count - 1) + 1 - first_key).min(KEYS_PER_BLOCK);
             let values = &values[first_key * width..][..depth * width];
-            outer(scores, depth, values, [width, LANES], &mut contexts[skipped * width..], width);
+            let contexts = &mut contexts[skipped * width..];
+            outer_sum(kernels, scores, depth, values, [width, LANES], contexts, width, &mut widened);
         }
         for ((output, context), softmax) in self.outputs.into_iter().zip(contexts.chunks(width)).zip(softmaxes) {
             output.iter_mut().zip(context).for_each(|(output, value)| *output = value / softmax.sum);
         }
+    }
+}
+
+/// [`OuterSum`] with cached keys or values `b`, which are widened once where there are many rows.
+#[allow(clippy::too_many_arguments)]
+fn outer_sum<T: CacheValue>(
+    kernels: &Kernels,
+    a: &[f32],
+    depth: usize,
+    b: &[T],
+    strides: [usize; 2],
+    sums: &mut [f32],
+    width: usize,
+    room: &mut Vec<f32>,
+) {
+    match sums.len() / width {
+        ..MANY_QUERIES => T::outer(kernels)(a, depth, b, strides, sums, width),
+        _ => (kernels.f32_outer)(a, depth, T::widened(kernels, b, room), strides, sums, width),
     }
 }

@@ -18,6 +18,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     is_supported: || {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
     },
+    widen: |values, out| unsafe { widen(values, out) },
+    narrow: |values, out| unsafe { narrow(values, out) },
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
@@ -115,6 +117,31 @@ impl Widen for bf16 {
         let bits = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(values.cast()) });
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
     }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn widen(values: &[f16], out: &mut [f32]) {
+    let (vectors, rest) = values.as_chunks::<8>();
+    let (outs, rest_out) = out.as_chunks_mut::<8>();
+    for (values, out) in vectors.iter().zip(outs) {
+        // SAFETY: there are 8 values in both.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), f16::load(values.as_ptr())) };
+    }
+    rest_out.iter_mut().zip(rest).for_each(|(out, value)| *out = value.to_f32());
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn narrow(values: &[f32], out: &mut [f16]) {
+    let (vectors, rest) = values.as_chunks::<8>();
+    let (outs, rest_out) = out.as_chunks_mut::<8>();
+    for (values, out) in vectors.iter().zip(outs) {
+        // SAFETY: there are 8 values in both, and f16 is 16 bits.
+        unsafe {
+            let narrowed = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(values.as_ptr()));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), narrowed);
+        }
+    }
+    rest_out.iter_mut().zip(rest).for_each(|(out, &value)| *out = f16::from_f32(value));
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

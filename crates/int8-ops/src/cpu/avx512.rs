@@ -25,6 +25,8 @@ pub(super) const KERNELS: Kernels = Kernels {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vnni")
     },
+    widen: |values, out| unsafe { widen(values, out) },
+    narrow: |values, out| unsafe { narrow(values, out) },
     int8_dots: |codes, code_sums, weight, cols, sums| unsafe { int8_dots(codes, code_sums, weight, cols, sums) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
@@ -102,6 +104,29 @@ impl Widen for bf16 {
         // SAFETY: bf16 is 16 bits; the caller vouches for the memory under the mask.
         let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(mask, values.cast()) });
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn widen(values: &[f16], out: &mut [f32]) {
+    assert_eq!(values.len(), out.len());
+    for (values, out) in values.chunks(16).zip(out.chunks_mut(16)) {
+        let mask = u16::MAX >> (16 - values.len());
+        // SAFETY: the mask keeps to the values of both.
+        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, f16::load_masked(values.as_ptr(), mask)) };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn narrow(values: &[f32], out: &mut [f16]) {
+    assert_eq!(values.len(), out.len());
+    for (values, out) in values.chunks(16).zip(out.chunks_mut(16)) {
+        let mask = u16::MAX >> (16 - values.len());
+        // SAFETY: the mask keeps to the values of both; f16 is 16 bits.
+        unsafe {
+            let narrowed = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(f32::load_masked(values.as_ptr(), mask));
+            _mm256_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, narrowed);
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The reference kernels: plain loops that run everywhere and that every instruction set is tested
 //! against. The element-wise ones are inlined into the other tables and vectorised for them there.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::Kernels;
@@ -22,6 +23,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     relu,
     gelu,
     gelu_erf,
+    widen: |values, out| values.convert_to_f32_slice(out),
+    narrow: |values, out| out.convert_from_f32_slice(values),
     int8_dots,
     f32_dots: float_dots::<f32>,
     f16_dots: float_dots::<f16>,
@@ -142,27 +145,37 @@ pub(super) fn softmax_block(
     softmax: &mut RunningSoftmax,
 ) -> f32 {
     let larger = |a: f32, b: f32| if a > b { a } else { b };
-    let mut maxima = [f32::NEG_INFINITY; LANES];
-    for (group, scores) in scores.chunks_exact_mut(LANES).enumerate() {
-        for lane in 0..LANES {
-            let key = group * LANES + lane;
-            let score = scores[lane] + slope * (first_key + key) as u32 as f32;
-            scores[lane] = if key < seen { score } else { f32::NEG_INFINITY };
-            maxima[lane] = larger(scores[lane], maxima[lane]);
-        }
+    // Few plain loops, each of which the compiler makes vectors of; with a condition in them it does not.
+    for (key, score) in (first_key as u32..).zip(scores.iter_mut()) {
+        *score += slope * key as f32;
     }
-    let max = maxima.into_iter().fold(softmax.max, |max, lane| larger(lane, max));
+    scores[seen..].fill(f32::NEG_INFINITY);
+    let (groups, _) = scores.as_chunks_mut::<LANES>();
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    for scores in groups.iter() {
+        maxima.iter_mut().zip(scores).for_each(|(max, &score)| *max = larger(score, *max));
+    }
+    let max = larger(fold_lanes(maxima, larger), softmax.max);
+    for scores in groups.iter_mut() {
+        scores.iter_mut().for_each(|score| *score = exp(*score - max));
+    }
+    scores[seen..].fill(0.0);
+    let (groups, _) = scores.as_chunks::<LANES>();
     let mut sums = [0f32; LANES];
-    for (group, scores) in scores.chunks_exact_mut(LANES).enumerate() {
-        for lane in 0..LANES {
-            let weight = exp(scores[lane] - max);
-            scores[lane] = if group * LANES + lane < seen { weight } else { 0.0 };
-            sums[lane] += scores[lane];
-        }
+    for weights in groups {
+        sums.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight);
     }
     let shrink = exp(softmax.max - max);
-    *softmax = RunningSoftmax { max, sum: softmax.sum * shrink + sums.iter().sum::<f32>() };
+    *softmax = RunningSoftmax { max, sum: softmax.sum * shrink + fold_lanes(sums, |a, b| a + b) };
     shrink
+}
+
+/// All lanes in one, by halves: as few steps as can be, each of which waits for the one before.
+#[inline(always)]
+fn fold_lanes(lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| with(lanes[lane], lanes[lane + 8]));
+    let four: [f32; 4] = std::array::from_fn(|lane| with(eight[lane], eight[lane + 4]));
+    with(with(four[0], four[2]), with(four[1], four[3]))
 }
 
 /// Partial sums, so that loops are vectorised and long rows lose little to rounding.

@@ -2,14 +2,16 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::tiles::MANY_TOKENS;
 use super::{Activations, FloatDots, Kernels, Values, team};
 
-/// The columns of a result (tokens, width) in f32 that one weight fills.
+/// The columns of a result (tokens, width) in f32 that one weight fills, each of them.
 pub(crate) struct OutputColumns<'a> {
-    pub(crate) matrix: &'a mut [f32],
+    /// Not yet written: clearing it first would be one more pass over memory.
+    pub(crate) matrix: &'a mut [MaybeUninit<f32>],
     pub(crate) width: usize,
     pub(crate) columns: Range<usize>,
 }
@@ -163,7 +165,7 @@ impl OutputColumns<'_> {
     fn fill_in_parts(&mut self, rows_per_part: usize, fill: impl Fn(Range<usize>, &mut Part) + Sync) {
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
         let (tokens, width) = (self.matrix.len() / self.width, self.width);
-        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr());
+        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr().cast());
         team::for_each_range(self.columns.len(), rows_per_part, |rows| {
             // SAFETY: the rows are within the columns, so that they are in the matrix.
             let first = unsafe { first.get().add(rows.start) };
@@ -191,16 +193,20 @@ struct Part<'a> {
     rows: usize,
     tokens: usize,
     width: usize,
-    matrix: PhantomData<&'a mut [f32]>,
+    matrix: PhantomData<&'a mut [MaybeUninit<f32>]>,
 }
 
 impl Part<'_> {
-    /// A token's outputs of `len` rows, of which `first` is the first.
+    /// A token's outputs of `len` rows, of which `first` is the first; zeros.
     fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [f32] {
         assert!(token < self.tokens && first + len <= self.rows);
         // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is
         // borrowed as long as the outputs are.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(token * self.width + first), len) }
+        unsafe {
+            let outputs = self.first.add(token * self.width + first);
+            outputs.write_bytes(0, len);
+            std::slice::from_raw_parts_mut(outputs, len)
+        }
     }
 
     /// Asks for a token's outputs to be brought to the cache, where the machine can be asked.

@@ -16,7 +16,7 @@ const PANELS: usize = 4;
 const TOKENS: usize = 6;
 const ROWS: usize = PANELS * LANES;
 /// Columns that are packed at a time: 32 KB of weight.
-const DEPTH: usize = 512;
+const DEPTH: usize = 1024;
 
 /// (DEPTH / 4, PANELS, LANES, 4): weights as `w + 128`.
 #[repr(align(64))]
