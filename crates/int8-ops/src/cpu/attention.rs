@@ -19,7 +19,7 @@ const QUERIES_PER_UNIT: usize = 48;
 /// Queries from which a block of keys and values is worth widening once for all of them.
 const MANY_QUERIES: usize = 12;
 /// Products below which work is not worth sharing with another thread.
-const PRODUCTS_PER_PART: usize = 1 << 17;
+const PRODUCTS_PER_PART: usize = 1 << 15;
 
 /// Queries (batch, heads, tokens, head_dim) that lie as `strides` say, each head's values side by side.
 pub(crate) struct Queries<'a> {
@@ -184,7 +184,9 @@ impl Unit<'_> {
                 let seen = (position(query) + 1 - first_key).min(KEYS_PER_BLOCK);
                 let shrink = (kernels.softmax_block)(scores, seen, slope, first_key, &mut softmaxes[query]);
                 let context = &mut contexts[query * width..][..width];
-                context.iter_mut().for_each(|value| *value *= shrink);
+                if shrink != 1.0 {
+                    context.iter_mut().for_each(|value| *value *= shrink);
+                }
             }
             let depth = (position(count - 1) + 1 - first_key).min(KEYS_PER_BLOCK);
             let values = &values[first_key * width..][..depth * width];

@@ -46,7 +46,7 @@ struct Blocks {
 }
 
 /// Bytes of a weight that a thread is given at a time when there are few tokens.
-const BYTES_PER_PART: usize = 1 << 17;
+const BYTES_PER_PART: usize = 1 << 15;
 
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
