@@ -30,7 +30,7 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
                 *sum = row(codes, weight);
             }
             let count = weight.len() / cols;
-            sums[block * ROWS..][..count].copy_from_slice(&add_lanes(row_sums)[..count]);
+            store(add_lanes(row_sums), &mut sums[block * ROWS..][..count]);
         }
     } else {
         let mut lines = LINES.take();
@@ -69,16 +69,21 @@ fn group(left: usize) -> usize {
 /// group, padded with zeros. Where they lie a power of two apart they would not stay in the cache together.
 fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
     lines.clear();
+    lines.reserve(tokens * cols.div_ceil(64));
     let mut first = 0;
     while first < tokens {
         let group = group(tokens - first);
         for col in (0..cols).step_by(64) {
             for token in first..first + group {
                 let codes = &codes[token * cols + col..(token + 1) * cols];
-                let mut line = Line([0; 64]);
-                let len = codes.len().min(64);
-                line.0[..len].copy_from_slice(&codes[..len]);
-                lines.push(line);
+                lines.push(match codes.first_chunk() {
+                    Some(codes) => Line(*codes),
+                    None => {
+                        let mut line = Line([0; 64]);
+                        line.0[..codes.len()].copy_from_slice(codes);
+                        line
+                    }
+                });
             }
         }
         first += group;
@@ -147,7 +152,7 @@ fn tile<const T: usize, const R: usize>(
         }
     }
     for (t, row_sums) in row_sums.into_iter().enumerate() {
-        sums[t * stride..][..rows].copy_from_slice(&add_lanes(row_sums)[..rows]);
+        store(add_lanes(row_sums), &mut sums[t * stride..][..rows]);
     }
     T
 }
@@ -202,6 +207,15 @@ fn add_rows<const T: usize, const R: usize>(
         row_sums[t][row..row + R].copy_from_slice(&acc);
     }
     R
+}
+
+/// Writes the first sums, as many as there is room for.
+#[inline(always)]
+fn store(sums: [i32; ROWS], out: &mut [i32]) {
+    match out.first_chunk_mut() {
+        Some(out) => *out = sums,
+        None => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum),
+    }
 }
 
 /// The sums over the 16 lanes of each of four vectors.
