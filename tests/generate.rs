@@ -109,6 +109,15 @@ fn json_has_the_documented_keys() {
 }
 
 #[test]
+fn a_cache_in_32_bits_takes_twice_the_memory() {
+    let cache_bytes = |dtype: &str| {
+        let report = json_of(&["generate", "Debian", "-n", "3", "--json", "--cache-dtype", dtype]);
+        report["memory"]["kv_cache_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(cache_bytes("f32"), 2 * cache_bytes("f16"));
+}
+
+#[test]
 fn a_prompt_comes_from_an_argument_a_file_or_stdin() {
     let wanted = stdout(&succeeds(&["generate", "Debian is", "-n", "6", "-q"]));
     let file = scratch("prompts").join("prompt.txt");

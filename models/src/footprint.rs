@@ -65,9 +65,8 @@ impl Footprint {
     }
 
     /// Bytes of the keys and values of so many tokens.
-    pub fn kv_cache(&self, tokens: usize) -> u64 {
-        let per_token =
-            KvCache::bytes_per_token(self.outline.num_layers, self.outline.hidden_size, CacheDtype::default());
+    pub fn kv_cache(&self, tokens: usize, dtype: CacheDtype) -> u64 {
+        let per_token = KvCache::bytes_per_token(self.outline.num_layers, self.outline.hidden_size, dtype);
         (per_token as u64).saturating_mul(tokens as u64)
     }
 
@@ -80,7 +79,7 @@ impl Footprint {
     /// blocks are kept whole, with their part of the cache, and what is outside of them is on the first
     /// device. `None` where a part is too large for any of them.
     pub fn devices(&self, precision: &Precision, tokens: usize, memory: u64) -> Option<u64> {
-        let cache = self.kv_cache(tokens) / self.outline.num_layers as u64;
+        let cache = self.kv_cache(tokens, CacheDtype::default()) / self.outline.num_layers as u64;
         let mut free = memory.checked_sub(self.outside(precision).total())?;
         let mut devices = 1;
         let first_block = self.block(0, precision).total();

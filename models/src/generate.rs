@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
 
-use crate::attention::KvCache;
+use crate::attention::{CacheDtype, KvCache};
 use crate::causal_lm::CausalLm;
 use crate::error::{Error, Result};
 
@@ -25,6 +25,8 @@ pub struct GenerateOptions {
     pub repetition_penalty: f32,
     /// The same seed draws the same tokens.
     pub seed: u64,
+    /// What keys and values are cached in.
+    pub cache_dtype: CacheDtype,
     /// Ids that end the text; the one met is the last token.
     pub eos: Vec<u32>,
     /// Asked before every token and every block: whether to end at once.
@@ -40,6 +42,7 @@ impl Default for GenerateOptions {
             top_p: None,
             repetition_penalty: 1.0,
             seed: 0,
+            cache_dtype: CacheDtype::default(),
             eos: Vec::new(),
             is_interrupted: || false,
         }
@@ -139,7 +142,7 @@ pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateO
         model,
         options: options.clone(),
         processor: LogitsProcessor::from_sampling(options.seed, sampling),
-        cache: KvCache::new(model.num_layers()),
+        cache: KvCache::with_dtype(model.num_layers(), options.cache_dtype),
         ids: prompt.to_vec(),
         prompt_len: prompt.len(),
         finish_reason: None,

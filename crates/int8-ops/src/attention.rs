@@ -74,6 +74,10 @@ enum Place {
     Value,
 }
 
+/// Values whose writing is worth sharing among threads: a key's lie on many cache lines, which mostly come from
+/// memory.
+const VALUES_WORTH_SHARING: usize = 1 << 10;
+
 struct Write {
     past: usize,
     place: Place,
@@ -121,7 +125,7 @@ impl Write {
             }
         };
         let rows = cache.chunks_mut(per_head).take(batch * heads).enumerate();
-        if tokens < LANES {
+        if batch * heads * tokens * head_dim < VALUES_WORTH_SHARING {
             rows.for_each(write);
         } else {
             team::for_each(rows.collect(), write);

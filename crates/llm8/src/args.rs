@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use int8_models::GenerateOptions;
+use int8_models::{CacheDtype, GenerateOptions};
 
 /// 8-bit inference of BLOOM and OPT language models: half the memory of fp16, the same text.
 #[derive(Debug, Parser)]
@@ -102,6 +102,10 @@ pub struct ProcessorArgs {
     #[arg(long)]
     pub force: bool,
 
+    /// What keys and values are cached in.
+    #[arg(long, value_enum, default_value_t = CacheDtypeName::F16)]
+    pub cache_dtype: CacheDtypeName,
+
     /// Instruction set of the CPU kernels, for measuring and for finding faults: portable, avx2,
     /// avx-vnni, avx512-vnni-256, avx512-vnni or neon-dotprod [default: the fastest here].
     #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]
@@ -152,6 +156,24 @@ pub enum BaselineName {
     Bf16,
     /// 32-bit floats.
     F32,
+}
+
+/// What keys and values can be cached in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CacheDtypeName {
+    /// 16-bit floats: half the memory, and half the reading at each token.
+    F16,
+    /// 32-bit floats, as keys and values are computed.
+    F32,
+}
+
+impl From<CacheDtypeName> for CacheDtype {
+    fn from(name: CacheDtypeName) -> Self {
+        match name {
+            CacheDtypeName::F16 => Self::F16,
+            CacheDtypeName::F32 => Self::F32,
+        }
+    }
 }
 
 /// A device by name.

@@ -108,9 +108,10 @@ impl Activations {
         let mut codes = Codes::zeros(rows * cols);
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];
-        let sequences: Vec<Vec<u32>> = (0..rows)
-            .step_by(tokens.max(1))
-            .map(|start| outlier_columns(kernels, &x.values[start * cols..][..tokens * cols], cols, threshold))
+        let mut magnitudes = vec![0f32; rows];
+        let sequences: Vec<Vec<u32>> = (x.values.chunks((tokens * cols).max(1)))
+            .zip(magnitudes.chunks_mut(tokens.max(1)))
+            .map(|(values, magnitudes)| scan(kernels, values, cols, threshold, magnitudes))
             .collect();
         let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
         let parts = codes.chunks_mut((rows_per_part * cols).max(1)).zip(scales.chunks_mut(rows_per_part));
@@ -119,8 +120,7 @@ impl Activations {
             for (index, codes) in codes.chunks_mut(cols).enumerate() {
                 let row = part * rows_per_part + index;
                 let values = &x.values[row * cols..][..cols];
-                let absmax = (kernels.absmax)(values, threshold);
-                scales[index] = quantize_row(kernels, values, absmax, codes);
+                scales[index] = quantize_row(kernels, values, magnitudes[row], codes);
                 for &column in &sequences[row / tokens] {
                     codes[column as usize] = 0;
                 }
@@ -146,19 +146,23 @@ impl Activations {
     }
 }
 
-/// The outlier columns of one sequence's values (tokens, cols), ascending.
-fn outlier_columns(kernels: &Kernels, values: &[f32], cols: usize, threshold: Option<f32>) -> Vec<u32> {
-    let Some(threshold) = threshold else {
-        return Vec::new();
-    };
+/// The outlier columns of one sequence's values (tokens, cols), ascending; writes the largest magnitude below
+/// the threshold of each token.
+fn scan(kernels: &Kernels, values: &[f32], cols: usize, threshold: Option<f32>, magnitudes: &mut [f32]) -> Vec<u32> {
     let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
-    let mut flags = vec![0u8; values.len().div_ceil((rows_per_part * cols).max(1)).max(1) * cols];
-    let parts = values.chunks((rows_per_part * cols).max(1)).zip(flags.chunks_mut(cols)).collect();
-    team::for_each(parts, |(values, flags): (&[f32], &mut [u8])| {
-        values.chunks(cols).for_each(|row| (kernels.flag_outliers)(row, threshold, flags));
+    let mut flags = vec![0u8; magnitudes.len().div_ceil(rows_per_part) * cols];
+    let parts = values.chunks((rows_per_part * cols).max(1)).zip(magnitudes.chunks_mut(rows_per_part));
+    let parts = parts.zip(flags.chunks_mut(cols.max(1))).collect();
+    team::for_each(parts, |((values, magnitudes), flags): ((&[f32], &mut [f32]), &mut [u8])| {
+        for (row, magnitude) in values.chunks(cols).zip(magnitudes) {
+            *magnitude = (kernels.absmax)(row, threshold);
+            if let Some(threshold) = threshold {
+                (kernels.flag_outliers)(row, threshold, flags);
+            }
+        }
     });
     let (all, parts) = flags.split_at_mut(cols);
-    for part in parts.chunks(cols) {
+    for part in parts.chunks(cols.max(1)) {
         all.iter_mut().zip(part).for_each(|(flag, other)| *flag |= other);
     }
     (0..).zip(all).filter_map(|(column, flag)| (*flag != 0).then_some(column)).collect()

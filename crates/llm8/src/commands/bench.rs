@@ -127,7 +127,11 @@ fn measure_precision(
             .map_err(|error| with_dummy_hint(error, !weights_are_missing(folder)))?,
     };
     let load = Load::new(args.dummy_weights, &loaded);
-    let bench = Bench { model: loaded.model.as_ref(), repetitions: args.repetitions.into() };
+    let bench = Bench {
+        model: loaded.model.as_ref(),
+        repetitions: args.repetitions.into(),
+        cache_dtype: args.processor.cache_dtype.into(),
+    };
     let mut all = Vec::new();
     for test in tests {
         let figures = bench.measure(test)?;

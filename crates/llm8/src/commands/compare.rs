@@ -79,7 +79,7 @@ impl Session<'_> {
     fn run(&self, precision: Precision) -> anyhow::Result<(Run, Loaded)> {
         output::reset_peak_rss();
         let loaded = model::load_with_progress(self.folder, precision.clone(), &self.args.output)?;
-        let options = model::generate_options(&self.args.sampling, &loaded);
+        let options = model::generate_options(&self.args.sampling, &self.args.machine.processor, &loaded);
         let mut generation = generate(loaded.model.as_ref(), self.prompt_ids, &options)?;
         generation.by_ref().try_for_each(|id| id.map(drop))?;
         check_interrupt()?;

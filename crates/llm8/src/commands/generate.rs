@@ -31,8 +31,11 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let loaded = model::load_with_progress(&folder, precision.clone(), &args.output)?;
     interrupt::listen(args.output.quiet);
 
-    let mut generation =
-        generate(loaded.model.as_ref(), &prompt_ids, &model::generate_options(&args.sampling, &loaded))?;
+    let mut generation = generate(
+        loaded.model.as_ref(),
+        &prompt_ids,
+        &model::generate_options(&args.sampling, &args.machine.processor, &loaded),
+    )?;
     let mut stdout = std::io::stdout().lock();
     let mut written = String::new();
     let mut stream = text.as_ref().map(TextCodec::stream);

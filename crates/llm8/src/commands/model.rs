@@ -167,7 +167,7 @@ pub fn check_memory(
         LongestContext::Positions(positions) => tokens.min(positions),
         LongestContext::Trained(_) => tokens,
     };
-    let cache = footprint.kv_cache(tokens);
+    let cache = footprint.kv_cache(tokens, args.cache_dtype.into());
     let needs = |precision: &Precision| footprint.weights(precision).total().saturating_add(cache);
     let needed: u64 = precisions.iter().map(needs).sum();
     let Some(memory) = machine::memory().filter(|memory| needed > memory.available && !args.force) else {
@@ -197,7 +197,7 @@ pub fn check_memory(
 }
 
 /// How to generate with a loaded model, as the arguments say.
-pub fn generate_options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions {
+pub fn generate_options(args: &SamplingArgs, processor: &ProcessorArgs, loaded: &Loaded) -> GenerateOptions {
     GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -205,6 +205,7 @@ pub fn generate_options(args: &SamplingArgs, loaded: &Loaded) -> GenerateOptions
         top_p: args.top_p,
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
+        cache_dtype: processor.cache_dtype.into(),
         eos: if args.ignore_eos { Vec::new() } else { loaded.eos.clone() },
         is_interrupted: interrupt::is_requested,
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use int8_models::{CausalLm, Error, KvCache};
+use int8_models::{CacheDtype, CausalLm, Error, KvCache};
 
 use super::limits::{Limits, median};
 use crate::failure::Failure;
@@ -100,6 +100,7 @@ impl Figures {
 pub struct Bench<'a> {
     pub model: &'a dyn CausalLm,
     pub repetitions: usize,
+    pub cache_dtype: CacheDtype,
 }
 
 impl Bench<'_> {
@@ -108,7 +109,7 @@ impl Bench<'_> {
     pub fn measure(&self, test: &Test) -> anyhow::Result<Figures> {
         output::reset_peak_rss();
         let mut random = Rng::with_seed(0);
-        let mut cache = KvCache::new(self.model.num_layers());
+        let mut cache = self.empty_cache();
         let batch = test.batch();
         if let Test::Decode { context, .. } = *test
             && context > 0
@@ -133,7 +134,7 @@ impl Bench<'_> {
         };
         match *test {
             // Its room is part of a prompt's cost.
-            Test::Prefill { .. } => *cache = KvCache::new(self.model.num_layers()),
+            Test::Prefill { .. } => *cache = self.empty_cache(),
             Test::Decode { context, .. } => cache.truncate(context),
         }
         let start = Instant::now();
@@ -141,6 +142,10 @@ impl Bench<'_> {
             self.step(&self.ids(batch * per_step, random), batch, cache)?;
         }
         Ok(start.elapsed())
+    }
+
+    fn empty_cache(&self) -> KvCache {
+        KvCache::with_dtype(self.model.num_layers(), self.cache_dtype)
     }
 
     /// One pass up to the logits, as generation does it.
