@@ -1,0 +1,75 @@
+//! What the tests of all kernels share.
+
+use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
+use int8_ops::Int8Matrix;
+use kernels_on_host::{Arg, Config};
+
+/// A float dtype that activations come in.
+pub trait Float: Copy + candle_core::WithDType {
+    /// What its kernels' names end in.
+    const SUFFIX: &str;
+
+    fn of(value: f32) -> Self;
+
+    fn float(self) -> f32;
+}
+
+impl Float for f32 {
+    const SUFFIX: &str = "f32";
+
+    fn of(value: f32) -> Self {
+        value
+    }
+
+    fn float(self) -> f32 {
+        self
+    }
+}
+
+impl Float for f16 {
+    const SUFFIX: &str = "f16";
+
+    fn of(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn float(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Float for bf16 {
+    const SUFFIX: &str = "bf16";
+
+    fn of(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn float(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+pub fn floats<T: Float>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|&value| T::of(value)).collect()
+}
+
+/// Runs a kernel of `grid` blocks of `threads` in one dimension, with lanes in an order that `seed` makes.
+pub fn launch(name: &str, grid: [usize; 3], threads: u32, shared_bytes: usize, seed: u32, args: &[Arg]) {
+    let grid = grid.map(|blocks| blocks as u32);
+    let config = Config { grid, block: [threads, 1, 1], shared_bytes: shared_bytes as u32, seed };
+    // SAFETY: every test gives the arguments that the kernel names in its file, of the sizes it names there.
+    unsafe { kernels_on_host::launch(name, config, args) }
+}
+
+/// The codes and scales of a matrix.
+pub fn parts(matrix: &Int8Matrix) -> Result<(Vec<i8>, Vec<f32>)> {
+    let codes = matrix.codes()?.flatten_all()?.to_vec1::<u8>()?.into_iter().map(|code| code as i8).collect();
+    Ok((codes, matrix.scales().to_vec1()?))
+}
+
+/// (rows, cols) on the CPU in f32, of what `T` makes of the values.
+pub fn tensor<T: Float>(values: &[T], dims: &[usize]) -> Result<Tensor> {
+    Tensor::from_slice(values, dims, &Device::Cpu)?.to_dtype(DType::F32)
+}

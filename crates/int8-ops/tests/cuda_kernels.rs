@@ -1,0 +1,6 @@
+//! The CUDA kernels, run on the CPU, against the CPU's ops: codes and sums bit for bit, floats to rounding.
+
+#[path = "cuda/quantize.rs"]
+mod quantize;
+#[path = "cuda/support.rs"]
+mod support;
