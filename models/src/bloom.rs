@@ -3,7 +3,7 @@
 
 use candle_core::{Result, Tensor};
 use candle_nn::Module;
-use int8_ops::{LayerNorm, add, gelu};
+use int8_ops::{Activation, Fused, LayerNorm};
 
 use crate::attention::{KvCache, LayerCache, alibi_slopes, attend};
 use crate::causal_lm::CausalLm;
@@ -185,12 +185,20 @@ impl Block {
 
     /// (batch, tokens, hidden) to the same.
     fn forward(&self, hidden: &Tensor, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(hidden)?;
-        let residual = if self.residual_after_layernorm { &normed } else { hidden };
-        let hidden = add(self.self_attention.forward(&normed, slopes, cache)?, residual)?;
-        let normed = self.post_attention_layernorm.forward(&hidden)?;
-        let residual = if self.residual_after_layernorm { &normed } else { &hidden };
-        add(self.mlp.forward(&normed)?, residual)
+        let attention = |x: &Tensor, norm: Option<&LayerNorm>| self.self_attention.forward(x, norm, slopes, cache);
+        let hidden = self.with_residual(hidden, &self.input_layernorm, attention)?;
+        self.with_residual(&hidden, &self.post_attention_layernorm, |x, norm| self.mlp.forward(x, norm))
+    }
+
+    /// `residual + part(norm(hidden))`, where the residual is `hidden` or its norm: the part is given its
+    /// residual, which it adds, and what is left to do of the norm.
+    fn with_residual(
+        &self,
+        hidden: &Tensor,
+        norm: &LayerNorm,
+        part: impl FnOnce(&Tensor, Option<&LayerNorm>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if self.residual_after_layernorm { part(&norm.forward(hidden)?, None) } else { part(hidden, Some(norm)) }
     }
 }
 
@@ -212,14 +220,16 @@ impl Attention {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
-        let (batch, tokens, _) = hidden.dims3()?;
+    /// `x + attention(norm(x))`.
+    fn forward(&self, x: &Tensor, norm: Option<&LayerNorm>, slopes: &[f32], cache: LayerCache) -> Result<Tensor> {
+        let (batch, tokens, _) = x.dims3()?;
         // The rows of query_key_value are head-major: each head's query, key and value in turn.
-        let fused = self.query_key_value.forward(hidden)?;
+        let fused = self.query_key_value.forward_fused(x, &Fused { norm, ..Fused::default() })?;
         let fused = fused.reshape((batch, tokens, self.num_heads, 3, self.head_dim))?;
         // (batch, heads, tokens, head_dim)
         let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
-        self.dense.forward(&attend(&part(0)?, &part(1)?, &part(2)?, Some(slopes), cache)?)
+        let attended = attend(&part(0)?, &part(1)?, &part(2)?, Some(slopes), cache)?;
+        self.dense.forward_fused(&attended, &Fused { residual: Some(x), ..Fused::default() })
     }
 }
 
@@ -237,8 +247,11 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+    /// `x + mlp(norm(x))`.
+    fn forward(&self, x: &Tensor, norm: Option<&LayerNorm>) -> Result<Tensor> {
         // The form by tanh is BLOOM's (`bloom_gelu_forward`).
-        self.dense_4h_to_h.forward(&gelu(self.dense_h_to_4h.forward(hidden)?)?)
+        let activation = Some(Activation::Gelu);
+        let wide = self.dense_h_to_4h.forward_fused(x, &Fused { norm, activation, residual: None })?;
+        self.dense_4h_to_h.forward_fused(&wide, &Fused { residual: Some(x), ..Fused::default() })
     }
 }

@@ -2,7 +2,9 @@
 
 use candle_core::{D, DType, Result, Tensor};
 use candle_nn::Module;
-use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, float_matmul, int8_matmul, read_floats};
+use int8_ops::{
+    FloatLinear, Fused, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm, float_matmul, int8_matmul, read_floats,
+};
 
 /// A linear layer in the precision it was loaded in.
 #[derive(Debug)]
@@ -21,6 +23,14 @@ impl Module for Linear {
 }
 
 impl Linear {
+    /// The layer between its neighbours.
+    pub(crate) fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
+        match self {
+            Self::Float(layer) => layer.forward_fused(x, fused),
+            Self::Int8(layer) => layer.forward_fused(x, fused),
+        }
+    }
+
     /// Reads the weight once; gives its bytes.
     pub(crate) fn read(&self) -> Result<usize> {
         match self {
@@ -45,13 +55,14 @@ impl Linears {
             Self::Apart(layers) => layers.iter().map(Linear::read).sum(),
         }
     }
-}
 
-impl Module for Linears {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// The outputs for x, after a norm where there is one.
+    pub(crate) fn forward(&self, x: &Tensor, norm: Option<&LayerNorm>) -> Result<Tensor> {
         match self {
-            Self::Int8(layers) => layers.forward(x),
+            Self::Int8(layers) => layers.forward_fused(x, &Fused { norm, ..Fused::default() }),
             Self::Apart(layers) => {
+                let normed = norm.map(|norm| norm.forward(x)).transpose()?;
+                let x = normed.as_ref().unwrap_or(x);
                 let outputs = layers.iter().map(|layer| layer.forward(x)).collect::<Result<Vec<_>>>()?;
                 Tensor::cat(&outputs, D::Minus1)
             }
@@ -80,7 +91,7 @@ impl Embedding {
         let ids = tokens.flatten_all()?;
         let rows = match self {
             Self::Float(table) => table.index_select(&ids, 0)?.to_dtype(DType::F32)?,
-            Self::Int8 { matrix, .. } => matrix.dequantize_rows(&ids)?,
+            Self::Int8 { matrix, .. } => matrix.dequantize_rows(&ids, DType::F32)?,
         };
         let mut dims = tokens.dims().to_vec();
         dims.push(rows.dim(1)?);

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
-use int8_ops::{LayerNorm, add, gelu, gelu_erf, relu};
+use int8_ops::{Activation, Fused, LayerNorm};
 
 use crate::attention::{KvCache, LayerCache, attend};
 use crate::causal_lm::CausalLm;
@@ -58,7 +58,7 @@ impl Shape {
             num_layers: config.size(&["num_hidden_layers"])?,
             num_heads: config.heads(&["num_attention_heads"], hidden_size)?,
             max_positions: config.size(&["max_position_embeddings"])?,
-            activation: Activation::read(config)?,
+            activation: read_activation(config)?,
             do_layer_norm_before,
             final_layer_norm: do_layer_norm_before && !config.flag("_remove_final_layer_norm", false)?,
             enable_bias: config.flag("enable_bias", true)?,
@@ -79,33 +79,13 @@ impl Shape {
 }
 
 /// What comes between the two layers of the MLP.
-#[derive(Debug, Clone, Copy)]
-enum Activation {
-    Relu,
-    /// The exact form, by the error function.
-    Gelu,
-    /// The form by tanh.
-    GeluTanh,
-}
-
-impl Activation {
-    fn read(config: &Config) -> error::Result<Self> {
-        let name = config.choice("activation_function", &["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])?;
-        Ok(match name {
-            "relu" => Self::Relu,
-            "gelu" => Self::Gelu,
-            _ => Self::GeluTanh,
-        })
-    }
-
-    /// Of `x`, written over it.
-    fn forward(self, x: Tensor) -> Result<Tensor> {
-        match self {
-            Self::Relu => relu(x),
-            Self::Gelu => gelu_erf(x),
-            Self::GeluTanh => gelu(x),
-        }
-    }
+fn read_activation(config: &Config) -> error::Result<Activation> {
+    let name = config.choice("activation_function", &["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])?;
+    Ok(match name {
+        "relu" => Activation::Relu,
+        "gelu" => Activation::GeluErf,
+        _ => Activation::Gelu,
+    })
 }
 
 /// The model; fields bear the checkpoint's names.
@@ -285,24 +265,26 @@ impl Block {
 
     /// (batch, tokens, hidden) to the same.
     fn forward(&self, hidden: &Tensor, cache: LayerCache) -> Result<Tensor> {
-        let attention = |x: &Tensor| self.self_attn.forward(x, cache);
+        let attention = |x: &Tensor, norm: Option<&LayerNorm>| self.self_attn.forward(x, norm, cache);
         let hidden = self.with_residual(hidden, &self.self_attn_layer_norm, attention)?;
-        let mlp = |x: &Tensor| self.fc2.forward(&self.activation.forward(self.fc1.forward(x)?)?);
-        self.with_residual(&hidden, &self.final_layer_norm, mlp)
+        self.with_residual(&hidden, &self.final_layer_norm, |x, norm| self.mlp(x, norm))
     }
 
-    /// `hidden + part(norm(hidden))`, or `norm(hidden + part(hidden))` where norms come after.
+    /// `x + mlp(norm(x))`.
+    fn mlp(&self, x: &Tensor, norm: Option<&LayerNorm>) -> Result<Tensor> {
+        let wide = self.fc1.forward_fused(x, &Fused { norm, activation: Some(self.activation), residual: None })?;
+        self.fc2.forward_fused(&wide, &Fused { residual: Some(x), ..Fused::default() })
+    }
+
+    /// `hidden + part(norm(hidden))`, or `norm(hidden + part(hidden))` where norms come after: the part adds
+    /// its input, and is given a norm that comes before.
     fn with_residual(
         &self,
         hidden: &Tensor,
         norm: &LayerNorm,
-        part: impl FnOnce(&Tensor) -> Result<Tensor>,
+        part: impl FnOnce(&Tensor, Option<&LayerNorm>) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if self.do_layer_norm_before {
-            add(part(&norm.forward(hidden)?)?, hidden)
-        } else {
-            norm.forward(&add(part(hidden)?, hidden)?)
-        }
+        if self.do_layer_norm_before { part(hidden, Some(norm)) } else { norm.forward(&part(hidden, None)?) }
     }
 }
 
@@ -325,12 +307,14 @@ impl Attention {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, cache: LayerCache) -> Result<Tensor> {
-        let (batch, tokens, _) = hidden.dims3()?;
-        let projected = self.projections.forward(hidden)?;
+    /// `x + attention(norm(x))`.
+    fn forward(&self, x: &Tensor, norm: Option<&LayerNorm>, cache: LayerCache) -> Result<Tensor> {
+        let (batch, tokens, _) = x.dims3()?;
+        let projected = self.projections.forward(x, norm)?;
         let projected = projected.reshape((batch, tokens, 3, self.num_heads, self.head_dim))?;
         // (batch, heads, tokens, head_dim)
         let part = |index| projected.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
-        self.out_proj.forward(&attend(&part(0)?, &part(1)?, &part(2)?, None, cache)?)
+        let attended = attend(&part(0)?, &part(1)?, &part(2)?, None, cache)?;
+        self.out_proj.forward_fused(&attended, &Fused { residual: Some(x), ..Fused::default() })
     }
 }

@@ -4,13 +4,14 @@ use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shap
 
 use crate::cpu::{self, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Queries, padded, team};
 
-/// The keys and values of one layer, with room for more, in the layout that [`attention`] reads: keys in
-/// groups whose like features lie side by side, so that a vector holds one feature of 16 keys.
+/// The keys and values of one layer, with room for more, in the layout that [`attention`] reads. On the CPU keys
+/// are in groups whose like features lie side by side, so that a vector holds one feature of 16 keys; on a CUDA
+/// device both are (batch, heads, capacity, head_dim).
 #[derive(Debug, Clone)]
 pub struct AttentionCache {
-    /// (batch, heads, capacity / 16, head_dim, 16).
+    /// (batch, heads, capacity / 16, head_dim, 16) on the CPU.
     keys: Tensor,
-    /// (batch, heads, capacity, head_dim in whole vectors).
+    /// (batch, heads, capacity, head_dim in whole vectors) on the CPU.
     values: Tensor,
     head_dim: usize,
 }
@@ -24,8 +25,14 @@ impl AttentionCache {
             bail!("keys and values are cached in F16 or F32, not in {dtype:?}");
         }
         let capacity = capacity.next_multiple_of(KEYS_PER_BLOCK);
-        let keys = Tensor::zeros((batch, heads, capacity / LANES, head_dim, LANES), dtype, like.device())?;
-        let values = Tensor::zeros((batch, heads, capacity, padded(head_dim)), dtype, like.device())?;
+        let device = like.device();
+        let (keys, width) = match device.is_cuda() {
+            true => (Tensor::zeros((batch, heads, capacity, head_dim), dtype, device)?, head_dim),
+            false => {
+                (Tensor::zeros((batch, heads, capacity / LANES, head_dim, LANES), dtype, device)?, padded(head_dim))
+            }
+        };
+        let values = Tensor::zeros((batch, heads, capacity, width), dtype, device)?;
         Ok(Self { keys, values, head_dim })
     }
 
@@ -44,10 +51,11 @@ impl AttentionCache {
         let (batch, heads, _, _) = self.values.dims4()?;
         let like = Tensor::zeros((batch, heads, 0, self.head_dim), DType::F32, self.values.device())?;
         let grown = Self::new(&like, capacity, self.values.dtype())?;
-        let held = len.div_ceil(LANES);
-        if held > 0 {
-            grown.keys.slice_set(&self.keys.narrow(2, 0, held)?.contiguous()?, 2, 0)?;
-            grown.values.slice_set(&self.values.narrow(2, 0, held * LANES)?.contiguous()?, 2, 0)?;
+        let groups = len.div_ceil(LANES);
+        if groups > 0 {
+            let in_keys = if self.keys.device().is_cuda() { groups * LANES } else { groups };
+            grown.keys.slice_set(&self.keys.narrow(2, 0, in_keys)?.contiguous()?, 2, 0)?;
+            grown.values.slice_set(&self.values.narrow(2, 0, groups * LANES)?.contiguous()?, 2, 0)?;
         }
         Ok(grown)
     }

@@ -1,28 +1,77 @@
 //! What happens between the layers of a block, value by value, in place: a layer's output is nobody
 //! else's, and memory that is not taken need not be cleared.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, bail};
 
 use crate::cpu::{Kernels, for_each_rows};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 
-/// `max(x, 0)`, written over `x`: a contiguous `F32` tensor, whose clones see the change.
-pub fn relu(x: Tensor) -> Result<Tensor> {
-    in_place(x, Elementwise { name: "relu", kernel: Kernels::active().relu })
+/// What comes between the two layers of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// GELU in the form by tanh, `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))` (Hendrycks and
+    /// Gimpel 2016, arXiv 1606.08415).
+    Gelu,
+    /// GELU in the exact form, `x / 2 * (1 + erf(x / sqrt(2)))`.
+    GeluErf,
 }
 
-/// GELU in the form by tanh, `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))` (Hendrycks and Gimpel
-/// 2016, arXiv 1606.08415), written over `x`: a contiguous `F32` tensor, whose clones see the change.
-pub fn gelu(x: Tensor) -> Result<Tensor> {
-    in_place(x, Elementwise { name: "gelu", kernel: Kernels::active().gelu })
+impl Activation {
+    /// Of `x`, a contiguous tensor (`F32` on the CPU), written over it; its clones see the change.
+    pub fn forward(self, x: Tensor) -> Result<Tensor> {
+        x.inplace_op1(&self)?;
+        Ok(x)
+    }
+
+    fn kernel(self) -> fn(&mut [f32]) {
+        let kernels = Kernels::active();
+        match self {
+            Self::Relu => kernels.relu,
+            Self::Gelu => kernels.gelu,
+            Self::GeluErf => kernels.gelu_erf,
+        }
+    }
+
+    /// What device_prims.cuh calls it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn number(self) -> usize {
+        match self {
+            Self::Relu => 1,
+            Self::Gelu => 2,
+            Self::GeluErf => 3,
+        }
+    }
 }
 
-/// GELU in the exact form, `x / 2 * (1 + erf(x / sqrt(2)))`, written over `x`: a contiguous `F32` tensor,
-/// whose clones see the change.
-pub fn gelu_erf(x: Tensor) -> Result<Tensor> {
-    in_place(x, Elementwise { name: "gelu-erf", kernel: Kernels::active().gelu_erf })
+impl InplaceOp1 for Activation {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::Gelu => "gelu",
+            Self::GeluErf => "gelu-erf",
+        }
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
+            bail!("{}: x must be contiguous F32", self.name())
+        };
+        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| self.kernel()(x));
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        cuda::activate(x, layout, *self)
+    }
 }
 
-/// `x + other` for contiguous `F32` tensors of one shape, written over `x`, whose clones see the change.
+/// `x + other` for contiguous tensors of one shape, `F32` on the CPU, written over `x`, whose clones see the change.
 pub fn add(x: Tensor, other: &Tensor) -> Result<Tensor> {
     if x.dims() != other.dims() {
         bail!("add: {:?} and {:?} are not of one shape", x.shape(), other.shape());
@@ -33,30 +82,6 @@ pub fn add(x: Tensor, other: &Tensor) -> Result<Tensor> {
 
 /// Values that a thread is given at a time.
 const VALUES_PER_ROW: usize = 1 << 10;
-
-fn in_place(x: Tensor, op: Elementwise) -> Result<Tensor> {
-    x.inplace_op1(&op)?;
-    Ok(x)
-}
-
-struct Elementwise {
-    name: &'static str,
-    kernel: fn(&mut [f32]),
-}
-
-impl InplaceOp1 for Elementwise {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
-            bail!("{}: x must be contiguous F32", self.name)
-        };
-        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| (self.kernel)(x));
-        Ok(())
-    }
-}
 
 struct Add;
 
@@ -76,5 +101,10 @@ impl InplaceOp2 for Add {
             (kernels.add)(x, &other[first * VALUES_PER_ROW..][..x.len()]);
         });
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &mut CudaStorage, layout: &Layout, other: &CudaStorage, other_layout: &Layout) -> Result<()> {
+        cuda::add(x, layout, other, other_layout)
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, 
 use candle_nn::Module;
 
 use crate::cpu::{self, Kernels, OutputColumns, Values};
+use crate::fused::Fused;
 use crate::matmul::{bias_values, check_bias};
 
 /// `x W^T + bias` for activations `x` (.., in) and a weight (out, in), each in f32, f16 or bf16; the
@@ -29,8 +30,26 @@ pub fn float_matmul_with(
         bail!("float matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
     }
     check_bias(bias, rows)?;
+    if x.device().is_cuda() {
+        return by_cublas(x, weight, bias);
+    }
     let op = FloatMatmul { kernels, weight: weight.contiguous()?, bias: bias.cloned() };
     x.contiguous()?.apply_op1_no_bwd(&op)
+}
+
+/// The product by Candle's matmul, which is cuBLAS's; the sum with the bias is a launch of its own.
+fn by_cublas(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, cols) = weight.dims2()?;
+    let mut dims = x.dims().to_vec();
+    dims.pop();
+    let tokens: usize = dims.iter().product();
+    dims.push(rows);
+    let y = x.reshape((tokens, cols))?.to_dtype(weight.dtype())?.matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(&bias.to_dtype(weight.dtype())?)?,
+        None => y,
+    };
+    y.to_dtype(x.dtype())?.reshape(dims)
 }
 
 /// Reads every value of a matrix on the CPU once, and does nothing else: the least time that a product for
@@ -106,6 +125,11 @@ impl FloatLinear {
     /// Takes a weight (out, in) in f32, f16 or bf16 and a bias (out) in any of the three.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         Ok(Self { weight, bias })
+    }
+
+    /// The layer between its neighbours.
+    pub fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
+        fused.around(x, |x| self.forward(x))
     }
 
     /// The weight (out, in).

@@ -1,13 +1,17 @@
 //! Layer normalisation over the last dimension.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use candle_nn::Module;
 
 use crate::cpu::{self, Kernels, for_each_rows};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::matmul::{is_vector_dtype, vector_values};
 
-/// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32`;
-/// the variance is that of the whole population.
+/// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32` on
+/// the CPU; the variance is that of the whole population.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     weight: Tensor,
@@ -22,6 +26,24 @@ impl LayerNorm {
             bail!("a layer norm's weight and bias must be floats (width), found {:?} and {:?}", weight, bias);
         }
         Ok(Self { weight: weight.contiguous()?, bias: bias.contiguous()?, eps: eps as f32 })
+    }
+
+    /// (width).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// (width).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
+    /// What is added to the variance.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn eps(&self) -> f32 {
+        self.eps
     }
 }
 
@@ -57,5 +79,11 @@ impl CustomOp1 for LayerNorm {
             })
         })?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let out = cuda::layer_norm(x, layout, &self.weight, &self.bias, self.eps)?;
+        Ok((out, layout.shape().clone()))
     }
 }

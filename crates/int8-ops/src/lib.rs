@@ -13,15 +13,19 @@
 //! [`int8_matmul`] does steps 2 to 6 as one Candle custom op; [`Int8Linear`] is that op as a layer.
 //! [`float_matmul`] multiplies float activations by a 16- or 32-bit weight without widening it in
 //! memory: the language-model head, and the models in float that int8 is compared with.
-//! [`attention()`], [`LayerNorm`], [`add`], [`relu`] and [`gelu`] are the rest of a block, in f32.
+//! [`attention()`], [`LayerNorm`], [`add`] and [`Activation`] are the rest of a block. [`Fused`] puts the
+//! neighbours of a linear layer into its launches.
 //!
 //! Candle has no int8 dtype: codes are the bits of `i8` in a `U8` tensor. A scale is always the
 //! multiplier that turns a code back into a float, `absmax / 127`.
 
 mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod elementwise;
 mod float;
+mod fused;
 mod layer_norm;
 mod linear;
 mod matmul;
@@ -30,11 +34,12 @@ mod outliers;
 mod quantize;
 
 pub use attention::{AttentionCache, attention, attention_with};
-pub use elementwise::{add, gelu, gelu_erf, relu};
+pub use elementwise::{Activation, add};
 pub use float::{FloatLinear, float_matmul, float_matmul_with, read_floats};
+pub use fused::Fused;
 pub use layer_norm::LayerNorm;
 pub use linear::{Int8Linear, Int8LinearGroup};
-pub use matmul::{WeightAndBias, int8_matmul, int8_matmul_with};
+pub use matmul::{WeightAndBias, int8_matmul, int8_matmul_fused, int8_matmul_with};
 pub use matrix::{Int8Matrix, SharedBytes, quantize_row};
 pub use outliers::{OUTLIER_THRESHOLD, outlier_columns};
 pub use quantize::{Granularity, ZeroPointMatrix, quantize_absmax, quantize_activations, quantize_zero_point};

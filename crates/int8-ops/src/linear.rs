@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
-use crate::cpu::Kernels;
-use crate::matmul::{int8_matmul, int8_matmul_with};
+use crate::fused::Fused;
+use crate::matmul::{int8_matmul, int8_matmul_fused};
 use crate::matrix::Int8Matrix;
 
 /// A linear layer `y = x W^T + bias` with an int8 weight (out, in); see [`int8_matmul`].
@@ -31,6 +31,11 @@ impl Int8Linear {
     /// threshold (`None`: no decomposition).
     pub fn new(weight: Int8Matrix, bias: Option<Tensor>, threshold: Option<f32>) -> Result<Self> {
         Ok(Self { weight, bias, threshold })
+    }
+
+    /// The layer between its neighbours.
+    pub fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
+        int8_matmul_fused(x, &[(&self.weight, self.bias.as_ref())], self.threshold, fused)
     }
 
     /// The quantised weight (out, in).
@@ -62,6 +67,12 @@ impl Int8LinearGroup {
         }
     }
 
+    /// The layers between their neighbours: the residual is as wide as all outputs.
+    pub fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
+        let weights: Vec<_> = self.layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
+        int8_matmul_fused(x, &weights, self.layers[0].threshold, fused)
+    }
+
     /// The layers, in the order of their outputs.
     pub fn layers(&self) -> &[Int8Linear] {
         &self.layers
@@ -70,7 +81,6 @@ impl Int8LinearGroup {
 
 impl Module for Int8LinearGroup {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let weights: Vec<_> = self.layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
-        int8_matmul_with(Kernels::active(), x, &weights, self.layers[0].threshold)
+        self.forward_fused(x, &Fused::default())
     }
 }

@@ -2,9 +2,16 @@
 
 use std::mem::MaybeUninit;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::elementwise::Activation;
+use crate::fused::Fused;
+use crate::layer_norm::LayerNorm;
 use crate::matrix::Int8Matrix;
 use crate::outliers::check_threshold;
 
@@ -32,6 +39,31 @@ pub fn int8_matmul_with(
     weights: &[WeightAndBias],
     threshold: Option<f32>,
 ) -> Result<Tensor> {
+    product(kernels, x, weights, threshold, &Fused::default())
+}
+
+/// [`int8_matmul_with`] between its neighbours: on a CUDA device in the same launches, else one after the other.
+pub fn int8_matmul_fused(
+    x: &Tensor,
+    weights: &[WeightAndBias],
+    threshold: Option<f32>,
+    fused: &Fused,
+) -> Result<Tensor> {
+    let kernels = Kernels::active();
+    if x.device().is_cuda() {
+        product(kernels, x, weights, threshold, fused)
+    } else {
+        fused.around(x, |x| product(kernels, x, weights, threshold, &Fused::default()))
+    }
+}
+
+fn product(
+    kernels: &'static Kernels,
+    x: &Tensor,
+    weights: &[WeightAndBias],
+    threshold: Option<f32>,
+    fused: &Fused,
+) -> Result<Tensor> {
     for (weight, bias) in weights {
         let (rows, cols) = weight.dims();
         match x.dims().last() {
@@ -42,7 +74,15 @@ pub fn int8_matmul_with(
     }
     check_threshold(threshold)?;
     let weights = weights.iter().map(|(weight, bias)| (Int8Matrix::clone(weight), bias.cloned())).collect();
-    x.contiguous()?.apply_op1_no_bwd(&Int8Matmul { kernels, weights, threshold })
+    let op = Int8Matmul {
+        kernels,
+        weights,
+        threshold,
+        norm: fused.norm.cloned(),
+        activation: fused.activation,
+        residual: fused.residual.map(Tensor::contiguous).transpose()?,
+    };
+    x.contiguous()?.apply_op1_no_bwd(&op)
 }
 
 /// An error unless the bias, if there is one, is (rows) in a float dtype.
@@ -85,10 +125,17 @@ pub(crate) fn vector_values<R>(vector: &Tensor, f: impl FnOnce(&[f32]) -> Result
 }
 
 /// The op's parameters; the weights ride here because a Candle op takes at most three tensors.
-struct Int8Matmul {
+pub(crate) struct Int8Matmul {
     kernels: &'static Kernels,
-    weights: Vec<(Int8Matrix, Option<Tensor>)>,
-    threshold: Option<f32>,
+    pub(crate) weights: Vec<(Int8Matrix, Option<Tensor>)>,
+    pub(crate) threshold: Option<f32>,
+    /// What a CUDA device does in the same launches; elsewhere it is done around the op.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub(crate) norm: Option<LayerNorm>,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub(crate) activation: Option<Activation>,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub(crate) residual: Option<Tensor>,
 }
 
 impl CustomOp1 for Int8Matmul {
@@ -96,10 +143,15 @@ impl CustomOp1 for Int8Matmul {
         "int8-matmul"
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::int8_matmul(self, x, layout)?, self.shape(layout)))
+    }
+
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let values = Values::from_storage(x, layout)?;
         let activations = Activations::quantize(self.kernels, &values, self.threshold);
-        let width = self.weights.iter().map(|(weight, _)| weight.dims().0).sum();
+        let width = self.width();
         let fill = |matrix: &mut [MaybeUninit<f32>]| {
             let mut first = 0;
             for (weight, bias) in &self.weights {
@@ -117,10 +169,22 @@ impl CustomOp1 for Int8Matmul {
         };
         // SAFETY: each product fills its columns, and together they are as wide as the matrix.
         let product = unsafe { cpu::written(activations.scales.len() * width, fill)? };
-        let mut dims = layout.dims().to_vec();
+        Ok((cpu::round_to_dtype_of(x, product), self.shape(layout)))
+    }
+}
+
+impl Int8Matmul {
+    /// The outputs of all weights.
+    fn width(&self) -> usize {
+        self.weights.iter().map(|(weight, _)| weight.dims().0).sum()
+    }
+
+    /// (.., width) for x (.., in).
+    fn shape(&self, x: &Layout) -> Shape {
+        let mut dims = x.dims().to_vec();
         if let Some(last) = dims.last_mut() {
-            *last = width;
+            *last = self.width();
         }
-        Ok((cpu::round_to_dtype_of(x, product), dims.into()))
+        dims.into()
     }
 }

@@ -8,6 +8,8 @@ use rayon::prelude::*;
 
 use crate::MAX_CODE;
 use crate::cpu::{self, Kernels};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 
 /// A matrix of int8 codes with one f32 scale per row; `code * scale` is the value.
 ///
@@ -86,6 +88,17 @@ impl Int8Matrix {
     pub fn quantize(matrix: &Tensor) -> Result<Self> {
         let (rows, cols) = matrix.dims2()?;
         let matrix = matrix.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if matrix.device().is_cuda() {
+            return match cuda::quantize_weight(&matrix)? {
+                Ok((codes, scales)) => Self::new(codes, scales),
+                Err(row) => {
+                    let values = matrix.narrow(0, row, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                    let col = values.iter().position(|value| !value.is_finite()).unwrap_or_default();
+                    not_finite(row, col, values[col])
+                }
+            };
+        }
         let (storage, layout) = matrix.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else {
             bail!("int8 matrix: quantising on {:?} is not supported", matrix.device())
@@ -152,24 +165,48 @@ impl Int8Matrix {
         signed(&self.codes()?)?.broadcast_mul(&self.scales.unsqueeze(1)?)
     }
 
-    /// The rows at `indices` (n), `U32`, dequantised: (n, cols), `F32`.
+    /// The same on another device; shared codes are copied.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Self::new(self.codes()?.to_device(device)?, self.scales.to_device(device)?)
+    }
+
+    /// The device that the matrix is on.
+    pub fn device(&self) -> &Device {
+        self.scales.device()
+    }
+
+    /// Where the codes lie on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn codes_address(&self, device: &candle_core::CudaDevice) -> Result<u64> {
+        match &self.codes {
+            Codes::Tensor(codes) => cuda::address_of(device, codes),
+            Codes::Shared(_) => bail!("int8 matrix: activations are on a CUDA device, but the weight is on the CPU"),
+        }
+    }
+
+    /// The rows at `indices` (n), `U32` on the CPU, dequantised: (n, cols), in `dtype`, on the device of the
+    /// matrix.
     ///
     /// Errors when there is no such row.
-    pub fn dequantize_rows(&self, indices: &Tensor) -> Result<Tensor> {
+    pub fn dequantize_rows(&self, indices: &Tensor, dtype: DType) -> Result<Tensor> {
         let indices = indices.to_vec1::<u32>()?;
+        if let Some(index) = indices.iter().find(|&&index| index as usize >= self.rows) {
+            bail!("int8 matrix: no row {index} among {}", self.rows);
+        }
+        #[cfg(feature = "cuda")]
+        if let (Device::Cuda(device), Codes::Tensor(codes)) = (self.device(), &self.codes) {
+            return cuda::dequantize_rows(device, codes, &self.scales, &indices, dtype);
+        }
         let mut values = Vec::with_capacity(indices.len() * self.cols);
         self.with_slices(|codes, scales| {
             for &index in &indices {
                 let row = index as usize;
-                if row >= self.rows {
-                    bail!("int8 matrix: no row {row} among {}", self.rows);
-                }
                 let codes = &codes[row * self.cols..][..self.cols];
                 values.extend(codes.iter().map(|&code| f32::from(code) * scales[row]));
             }
             Ok(())
         })?;
-        Tensor::from_vec(values, (indices.len(), self.cols), &Device::Cpu)
+        Tensor::from_vec(values, (indices.len(), self.cols), &Device::Cpu)?.to_dtype(dtype)
     }
 
     /// Calls `f(codes, scales)` with the matrix's slices on the CPU: (rows * cols) and (rows).

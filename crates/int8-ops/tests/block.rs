@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use int8_ops::cpu::Kernels;
-use int8_ops::{AttentionCache, LayerNorm, add, attention_with, gelu};
+use int8_ops::{Activation, AttentionCache, LayerNorm, add, attention_with};
 
 /// From -50 to 50, close together around 0.
 fn arguments() -> Vec<f32> {
@@ -145,6 +145,6 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     assert!(attention_with(kernels, &x.narrow(1, 0, 1)?, &cache, 0, None).is_err(), "as many heads as cached");
     assert!(cache.write(0, &x.to_dtype(DType::F16)?, &x).is_err(), "keys are computed in f32");
     assert!(add(x.clone(), &x.narrow(3, 0, 2)?).is_err(), "shapes are one");
-    assert!(gelu(x.transpose(2, 3)?).is_err(), "in place means contiguous");
+    assert!(Activation::Gelu.forward(x.transpose(2, 3)?).is_err(), "in place means contiguous");
     Ok(())
 }

@@ -88,7 +88,7 @@ fn every_dtype_and_a_strided_matrix_give_the_same_codes() -> Result<()> {
 fn rows_of_codes_are_looked_up_and_dequantised() -> Result<()> {
     let x = Tensor::new(&[[1f32, -2.0], [0.5, 0.25], [3.0, 3.0]], &Device::Cpu)?;
     let quantized = Int8Matrix::quantize(&x)?;
-    let rows = quantized.dequantize_rows(&Tensor::new(&[2u32, 0], &Device::Cpu)?)?.to_vec2::<f32>()?;
+    let rows = quantized.dequantize_rows(&Tensor::new(&[2u32, 0], &Device::Cpu)?, DType::F32)?.to_vec2::<f32>()?;
     let all = quantized.dequantize()?.to_vec2::<f32>()?;
     assert_eq!(rows, [all[2].clone(), all[0].clone()]);
     Ok(())
@@ -137,9 +137,9 @@ fn codes_that_something_else_owns_are_used_in_place() -> Result<()> {
     assert_eq!(codes(&shared.codes()?), codes(&owned.codes()?));
     let values = shared.dequantize()?.to_vec2::<f32>()?;
     assert_eq!(values, owned.dequantize()?.to_vec2::<f32>()?);
-    let rows = shared.dequantize_rows(&Tensor::new(&[5u32, 0, 5], &Device::Cpu)?)?.to_vec2::<f32>()?;
+    let rows = shared.dequantize_rows(&Tensor::new(&[5u32, 0, 5], &Device::Cpu)?, DType::F32)?.to_vec2::<f32>()?;
     assert_eq!(rows, [5, 0, 5].map(|row: usize| values[row].clone()));
-    assert!(shared.dequantize_rows(&Tensor::new(&[6u32], &Device::Cpu)?).is_err());
+    assert!(shared.dequantize_rows(&Tensor::new(&[6u32], &Device::Cpu)?, DType::F32).is_err());
     let x = Tensor::randn(0f32, 3.0, (5, 40), &Device::Cpu)?;
     let product = |weight| int8_matmul(&x, weight, None, Some(6.0))?.to_vec2::<f32>();
     assert_eq!(product(&shared)?, product(&owned)?);
