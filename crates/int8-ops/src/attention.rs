@@ -1,8 +1,12 @@
 //! Causal attention over cached keys and values, as Candle custom ops.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{self, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Queries, padded, team};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 
 /// The keys and values of one layer, with room for more, in the layout that [`attention`] reads. On the CPU keys
 /// are in groups whose like features lie side by side, so that a vector holds one feature of 16 keys; on a CUDA
@@ -60,7 +64,7 @@ impl AttentionCache {
         Ok(grown)
     }
 
-    /// Writes keys and values (batch, heads, tokens, head_dim) in `F32`, of any strides but that of the
+    /// Writes keys and values (batch, heads, tokens, head_dim), `F32` on the CPU, of any strides but that of the
     /// last dimension, as those of the tokens from `past` on; what was there is overwritten.
     pub fn write(&self, past: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
         let (batch, heads, _, _) = self.values.dims4()?;
@@ -70,6 +74,10 @@ impl AttentionCache {
                 let (head_dim, capacity) = (self.head_dim, self.capacity());
                 bail!("{dims:?} do not fit a cache ({batch}, {heads}, {capacity}, {head_dim}) after {past} tokens");
             }
+        }
+        #[cfg(feature = "cuda")]
+        if self.keys.device().is_cuda() {
+            return cuda::write_cache(&self.keys, &self.values, past, keys, values);
         }
         self.keys.inplace_op2(keys, &Write { past, place: Place::Key })?;
         self.values.inplace_op2(values, &Write { past, place: Place::Value })
@@ -143,7 +151,7 @@ impl Write {
 }
 
 /// From one batch entry, head and token to the next in (batch, heads, tokens, head_dim).
-fn head_strides(layout: &Layout) -> Result<[usize; 3]> {
+pub(crate) fn head_strides(layout: &Layout) -> Result<[usize; 3]> {
     match *layout.stride() {
         [batch, head, token, 1] => Ok([batch, head, token]),
         _ => bail!("the features of a head must lie side by side, found strides {:?}", layout.stride()),
@@ -151,7 +159,7 @@ fn head_strides(layout: &Layout) -> Result<[usize; 3]> {
 }
 
 /// softmax(q k^T / sqrt(head_dim) + slope * key position) v for queries (batch, heads, tokens, head_dim)
-/// in `F32`, which follow `past` tokens and whose own keys and values the cache holds too; every query
+/// (`F32` on the CPU), which follow `past` tokens and whose own keys and values the cache holds too; every query
 /// attends to the keys up to its own position. ALiBi (Press et al. 2021, arXiv 2108.12409) comes by a
 /// slope for each head, or not at all. The result is (batch, tokens, heads * head_dim).
 pub fn attention(queries: &Tensor, cache: &AttentionCache, past: usize, slopes: Option<&[f32]>) -> Result<Tensor> {
@@ -217,6 +225,22 @@ impl CustomOp3 for Attention {
             _ => bail!("attention: a cache must be F16 or F32"),
         };
         Ok((CpuStorage::F32(out), (batch, tokens, heads * head_dim).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        queries: &CudaStorage,
+        queries_layout: &Layout,
+        keys: &CudaStorage,
+        keys_layout: &Layout,
+        values: &CudaStorage,
+        values_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (batch, heads, tokens, head_dim) = queries_layout.shape().dims4()?;
+        let (keys, values) = ((keys, keys_layout), (values, values_layout));
+        let out = cuda::attention(queries, queries_layout, keys, values, self.past, self.slopes.as_deref())?;
+        Ok((out, (batch, tokens, heads * head_dim).into()))
     }
 }
 

@@ -95,6 +95,12 @@ fn multiprocessors(stream: &CudaStream) -> Result<usize> {
     Ok(stream.context().attribute(attribute).w()?.max(1) as usize)
 }
 
+/// The dynamic shared memory that a block may be allowed.
+fn shared_bytes_of_block(stream: &CudaStream) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    Ok(stream.context().attribute(attribute).w()?.max(0) as usize)
+}
+
 /// An argument of a kernel.
 enum Arg {
     Pointer(u64),

@@ -1,7 +1,7 @@
 //! In-place ops, value by value.
 
 use candle_core::cuda_backend::CudaStorage;
-use candle_core::{Layout, Result, bail};
+use candle_core::{InplaceOp1, Layout, Result, bail};
 
 use super::{Launch, THREADS, address, suffix};
 use crate::elementwise::Activation;

@@ -2,16 +2,20 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage};
-use candle_core::{DType, Layout, Result, Tensor, bail};
+use candle_core::{DType, Device, Layout, Result, Tensor, bail};
 
-use super::{Launch, THREADS, address, address_of, multiprocessors, suffix, uninitialized};
+use super::{Launch, THREADS, address, address_of, multiprocessors, shared_bytes_of_block, suffix, uninitialized};
 use crate::matmul::Int8Matmul;
 use crate::matrix::Int8Matrix;
 
 /// Tokens that are multiplied by reading the weight row by row; more come in tiles.
 const FEW_TOKENS: usize = 16;
-/// Tokens that a block of the single launch quantises for itself.
+/// Tokens that a block of the single launch quantises for itself, and the shared memory that it has for them.
 const FUSED_TOKENS: usize = 8;
+const FUSED_BYTES: usize = 43 << 10;
+const FUSED_THREADS: u32 = 1024;
+/// Threads of a block for few tokens that have been quantised.
+const CODES_THREADS: u32 = 512;
 
 /// The product with all weights of `op`, side by side, in the dtype of x.
 pub(crate) fn int8_matmul(op: &Int8Matmul, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
@@ -83,6 +87,43 @@ struct Product<'a> {
     width: usize,
 }
 
+/// What a block of `int8_matmul_many` makes of the outputs.
+struct Tile {
+    name: &'static str,
+    tokens: usize,
+    rows: usize,
+    threads: u32,
+    shared_bytes: usize,
+}
+
+/// As kernels/int8_matmul_many.cu has them, the largest first.
+const TILES: [Tile; 3] = [
+    Tile { name: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 },
+    Tile { name: "int8_matmul_many_medium", tokens: 128, rows: 128, threads: 128, shared_bytes: 49_408 },
+    Tile { name: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 },
+];
+
+impl Tile {
+    /// The largest that the device has room for and that leaves at most a quarter of it idle.
+    fn of(tokens: usize, rows: usize, multiprocessors: usize, shared_bytes: usize) -> &'static Self {
+        let [.., small] = &TILES;
+        let is_good =
+            |tile: &&Self| tile.shared_bytes <= shared_bytes && 4 * tile.blocks(tokens, rows) >= 3 * multiprocessors;
+        if tokens <= small.tokens { small } else { TILES.iter().find(is_good).unwrap_or(small) }
+    }
+
+    fn blocks(&self, tokens: usize, rows: usize) -> usize {
+        tokens.div_ceil(self.tokens) * rows.div_ceil(self.rows)
+    }
+}
+
+/// The dynamic shared memory of a block that quantises x itself: the codes of as many tokens as its kernel has
+/// room for, and the outlier bits of their sequences.
+fn fused_bytes(input: &Input) -> usize {
+    let sequences = input.tokens.div_ceil(input.tokens_per_sequence.max(1));
+    input.tokens.next_power_of_two() * input.cols.next_multiple_of(512) + sequences * input.cols.div_ceil(32) * 4
+}
+
 /// How the activations come to the product.
 enum Method {
     /// Every block quantises them for itself.
@@ -102,13 +143,17 @@ struct Quantized {
 
 impl Method {
     fn of(op: &Int8Matmul, input: &Input) -> Result<Self> {
-        let is_fused = input.tokens <= FUSED_TOKENS && fused_bytes(input.tokens, input.cols) <= super::SHARED_BYTES;
+        let is_fused = input.tokens <= FUSED_TOKENS && fused_bytes(input) <= FUSED_BYTES;
         if is_fused { Ok(Self::Fused) } else { quantize(op, input).map(Self::Quantized) }
     }
 
     fn launch(&self, op: &Int8Matmul, input: &Input, product: &Product) -> Result<()> {
         let (rows, cols) = product.weight.dims();
         let (tokens, suffix) = (input.tokens, suffix(input.dtype)?);
+        let stream = input.device.cuda_stream();
+        let multiprocessors = multiprocessors(&stream)?;
+        // A block reads its rows one after the other.
+        let few_grid = [rows.min(multiprocessors), 1, 1];
         let start = |file, name: &str| Launch::new(input.device, file, format!("{name}_{suffix}"));
         let (launch, grid, threads, shared_bytes) = match self {
             Self::Fused => {
@@ -120,14 +165,14 @@ impl Method {
                         .float(norm.eps()),
                     None => start("int8_matmul_few", "int8_matmul_few").pointer(input.address),
                 };
-                (launch, few_grid(rows), FEW_THREADS, fused_bytes(tokens, cols))
+                (launch, few_grid, FUSED_THREADS, fused_bytes(input))
             }
             Self::Quantized(x) => {
                 let (file, name, grid, threads, shared_bytes) = if tokens <= FEW_TOKENS {
-                    ("int8_matmul_few", "int8_matmul_few_codes", few_grid(rows), FEW_THREADS, 0)
+                    ("int8_matmul_few", "int8_matmul_few_codes", few_grid, CODES_THREADS, 0)
                 } else {
-                    let tile = Tile::of(tokens, rows, multiprocessors(&input.device.cuda_stream())?);
-                    ("int8_matmul_many", tile.name, tile.grid(tokens, rows), tile.threads, tile.shared_bytes)
+                    let tile = Tile::of(tokens, rows, multiprocessors, shared_bytes_of_block(&stream)?);
+                    ("int8_matmul_many", tile.name, [tile.blocks(tokens, rows), 1, 1], tile.threads, tile.shared_bytes)
                 };
                 let bits = x.outlier_bits.as_ref();
                 let launch = start(file, name)
@@ -166,7 +211,7 @@ fn quantize(op: &Int8Matmul, input: &Input) -> Result<Quantized> {
     let scales = uninitialized(device, DType::F32, tokens)?;
     let sequences = tokens / tokens_per_sequence.max(1);
     let outlier_bits = match op.threshold {
-        Some(_) => Some(Tensor::zeros(sequences * cols.div_ceil(32), DType::U32, &device.clone().into())?),
+        Some(_) => Some(Tensor::zeros(sequences * cols.div_ceil(32), DType::U32, &Device::Cuda(device.clone()))?),
         None => None,
     };
     let bits = outlier_bits.as_ref().map_or(Ok(0), |bits| address_of(device, bits))?;
