@@ -10,7 +10,11 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+/// The fixtures; on a machine that has only the built tests, where `LLM8_FIXTURES` says.
 pub fn fixtures() -> PathBuf {
+    if let Some(folder) = std::env::var_os("LLM8_FIXTURES") {
+        return folder.into();
+    }
     // The workspace's members lie one or two folders below its root.
     let crate_folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let is_root = |folder: &&Path| folder.join("tests/fixtures").is_dir();
@@ -33,7 +37,11 @@ pub fn model(name: &str) -> PathBuf {
 
 /// A folder for what a test binary makes.
 pub fn scratch(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME")).join(name);
+    let root = match std::env::var_os("LLM8_FIXTURES") {
+        Some(_) => std::env::temp_dir(),
+        None => env!("CARGO_TARGET_TMPDIR").into(),
+    };
+    let folder = root.join(env!("CARGO_CRATE_NAME")).join(name);
     fs::create_dir_all(&folder).unwrap();
     folder
 }

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Checks and times llm8 on this machine's NVIDIA GPU: unpack llm8-gpu.tar.gz and run this. It needs the driver (580 or
+# later) and CUDA 13's libraries (cudart, cublas, cublasLt, curand), from a toolkit or from Python's packages. What is
+# right comes first: the times are of no use without it. `run.sh checks` leaves the times out, `run.sh times` the checks.
+set -uo pipefail
+cd "$(dirname "$0")"
+what=${1:-all}
+shopt -s nullglob
+for folder in /usr/local/cuda*/lib64 /usr/lib/x86_64-linux-gnu \
+    $(python3 -c 'import site; print(*[p + "/nvidia/cu13/lib" for p in site.getsitepackages() + [site.getusersitepackages()]])' 2>/dev/null); do
+    [ -e "$folder/libcublas.so.13" ] && LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-}
+done
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} LLM8_FIXTURES=$PWD/fixtures
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+failed=0
+run() { echo "== $*"; "$@" || { echo "== FAILED: $*"; failed=1; }; }
+
+if [ "$what" != times ]; then
+    run ./gpu-tests --ignored --test-threads 1 --nocapture
+    sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+    if [ -x "$sanitizer" ]; then
+        for tool in memcheck racecheck; do
+            # The ops alone: whole models take hours under these.
+            run "$sanitizer" --tool "$tool" --error-exitcode 1 ./gpu-tests --ignored --test-threads 1 \
+                neighbours small_ops attention
+        done
+    else
+        echo "== compute-sanitizer is not here: no memcheck, no racecheck"
+    fi
+fi
+
+if [ "$what" != checks ] && [ $failed = 0 ]; then
+    run ./layer_times
+    for model in bigscience/bloom-1b7 bigscience/bloomz-7b1 facebook/opt-6.7b; do
+        run ./llm8 bench -q --device cuda -m "$model" --dummy-weights --precision int8,f16 --prompt-len 2048 --gen-len 64 --context 64
+        run ./llm8 bench -q --device cuda -m "$model" --dummy-weights --precision int8 --int8-head --prompt-len 0 --gen-len 64 --context 64 --batch 1,8
+    done
+fi
+exit $failed
