@@ -1,12 +1,17 @@
 //! Every instruction set this machine has, against plain loops over odd sizes and odd values.
 
 use half::{bf16, f16};
-use int8_ops::cpu::Kernels;
+use int8_ops::cpu::{Finish, Kernels, RunningSoftmax};
 use proptest::prelude::*;
 
-/// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours.
+/// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
+/// columns that kernels work on.
 fn cols() -> impl Strategy<Value = usize> {
-    prop_oneof![1..70usize, Just(127), Just(128), Just(129), Just(251), Just(320), Just(1021)]
+    prop_oneof![
+        6 => 1..70usize,
+        6 => prop_oneof![Just(127), Just(128), Just(129), Just(251), Just(320), Just(1021)],
+        1 => prop_oneof![Just(1024), Just(1027), Just(2048), Just(2051), Just(4173)],
+    ]
 }
 
 /// Floats of every kind that may reach a layer, the awkward ones often.
@@ -25,7 +30,7 @@ fn codes(low: i8, len: usize) -> impl Strategy<Value = Vec<i8>> {
 
 /// Columns, codes of activations, and a weight, which a checkpoint may have stored with -128 in it.
 fn int8_case() -> impl Strategy<Value = (usize, Vec<i8>, Vec<i8>)> {
-    (1..10usize, 1..10usize, cols())
+    (1..26usize, prop_oneof![4 => 1..10usize, 1 => 60..70usize], cols())
         .prop_flat_map(|(tokens, rows, cols)| (Just(cols), codes(-127, tokens * cols), codes(-128, rows * cols)))
 }
 
@@ -73,6 +78,47 @@ proptest! {
             let mut found = vec![1i8; x.len()];
             (kernels.quantize)(&kept, inverse, &mut found);
             prop_assert_eq!(&found, &codes, "{}", kernels.name);
+        }
+    }
+
+    #[test]
+    fn what_follows_the_sums_has_the_same_bits_everywhere(
+        (cols, _, weight) in int8_case(),
+        values in prop::collection::vec(-40f32..40.0, 70),
+        columns in prop::collection::vec(0..4173u32, 0..5),
+    ) {
+        let rows = weight.len() / cols;
+        let columns: Vec<u32> = columns.into_iter().map(|column| column % cols as u32).collect();
+        let plain: Vec<f32> =
+            columns.iter().flat_map(|&column| weight.chunks(cols).map(move |row| f32::from(row[column as usize]))).collect();
+        let sums: Vec<i32> = weight.iter().take(rows).map(|&code| 7919 * i32::from(code)).collect();
+        let finish = Finish {
+            x_scale: 0.01,
+            outliers: &values[..columns.len()],
+            outlier_weights: &plain,
+            weight_scales: &values[..rows],
+            bias: Some(&values[70 - rows..]),
+        };
+        let halves: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
+        let mut wanted = None;
+        // The plain loops come last.
+        for kernels in Kernels::available().collect::<Vec<_>>().into_iter().rev() {
+            let mut gathered = vec![f32::NAN; plain.len()];
+            (kernels.gather_columns)(&weight, cols, &columns, &mut gathered);
+            prop_assert_eq!(&gathered, &plain, "{}", kernels.name);
+            let mut narrowed = vec![f16::NAN; values.len()];
+            (kernels.narrow)(&values, &mut narrowed);
+            prop_assert_eq!(&narrowed, &halves, "{}", kernels.name);
+            let mut widened = vec![f32::NAN; values.len()];
+            (kernels.widen)(&halves, &mut widened);
+            prop_assert!(widened.iter().zip(&halves).all(|(value, half)| *value == half.to_f32()), "{}", kernels.name);
+            let mut found = vec![f32::NAN; rows];
+            (kernels.finish)(&sums, &finish, &mut found);
+            let (mut scores, mut softmax) = (values[..64].to_vec(), RunningSoftmax { max: 3.0, sum: 2.0 });
+            found.push((kernels.softmax_block)(&mut scores, 1 + rows % 64, 0.1, cols, &mut softmax));
+            found.extend(scores.iter().chain([&softmax.max, &softmax.sum]));
+            let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+            prop_assert_eq!(&found, wanted.get_or_insert_with(|| found.clone()), "{}", kernels.name);
         }
     }
 
