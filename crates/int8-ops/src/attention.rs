@@ -63,6 +63,9 @@ impl AttentionCache {
                 bail!("{dims:?} do not fit a cache ({batch}, {heads}, {capacity}, {head_dim}) after {past} tokens");
             }
         }
+        if keys.elem_count() + values.elem_count() == 0 {
+            return Ok(());
+        }
         self.keys.inplace_op2(keys, &Write { past, place: Place::Key })?;
         self.values.inplace_op2(values, &Write { past, place: Place::Value })
     }

@@ -135,6 +135,19 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
 }
 
 #[test]
+fn no_tokens_attend_to_nothing() -> Result<()> {
+    for (dtype, past) in [(DType::F16, 0), (DType::F32, 0), (DType::F16, 3)] {
+        let none = Tensor::zeros((2, 3, 0, 16), DType::F32, &Device::Cpu)?;
+        let cache = AttentionCache::new(&none, past, dtype)?;
+        cache.write(past, &none, &none)?;
+        for kernels in Kernels::available() {
+            assert_eq!(attention_with(kernels, &none, &cache, past, None)?.dims(), [2, 0, 48]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn what_does_not_fit_is_refused() -> Result<()> {
     let x = Tensor::zeros((1, 2, 3, 4), DType::F32, &Device::Cpu)?;
     assert!(AttentionCache::new(&x, 8, DType::BF16).is_err());

@@ -5,8 +5,8 @@ use candle_nn::Module;
 use half::f16;
 use int8_ops::cpu::Kernels;
 use int8_ops::{
-    FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, float_matmul_with, int8_matmul,
-    int8_matmul_with, outlier_columns, quantize_activations,
+    FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, float_matmul, float_matmul_with,
+    int8_matmul, int8_matmul_with, outlier_columns, quantize_activations,
 };
 use proptest::prelude::*;
 
@@ -192,6 +192,24 @@ fn what_shares_a_batch_with_a_sequence_does_not_change_its_result() -> Result<()
     let together = layer.forward(&batch)?;
     assert_eq!(together.get(0)?.to_vec2::<f32>()?, layer.forward(&calm)?.to_vec2::<f32>()?);
     assert_eq!(together.get(1)?.to_vec2::<f32>()?, layer.forward(&tensor(&wild))?.to_vec2::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn no_tokens_give_no_outputs() -> Result<()> {
+    let [weight, other] = [30, 5].map(|rows| small_values(rows, 40).unwrap());
+    let [codes, other] = [&weight, &other].map(|weight| Int8Matrix::quantize(weight).unwrap());
+    for dims in [&[0, 40][..], &[2, 0, 40], &[0, 3, 40]] {
+        let x = Tensor::zeros(dims, DType::F32, &Device::Cpu)?;
+        let with_width = |width: usize| [&dims[..dims.len() - 1], &[width]].concat();
+        assert_eq!(int8_matmul(&x, &codes, None, Some(OUTLIER_THRESHOLD))?.dims(), with_width(30));
+        assert_eq!(int8_matmul(&x, &codes, None, None)?.dims(), with_width(30));
+        assert_eq!(float_matmul(&x, &weight, None)?.dims(), with_width(30));
+        for kernels in Kernels::available() {
+            let group = int8_matmul_with(kernels, &x, &[(&codes, None), (&other, None)], Some(OUTLIER_THRESHOLD))?;
+            assert_eq!(group.dims(), with_width(35));
+        }
+    }
     Ok(())
 }
 
