@@ -152,6 +152,51 @@ fn check_float(name: &str, x: &[f32], weight: &[f64], cols: usize, sums: &[f32])
 }
 
 #[test]
+fn every_f16_is_widened_to_its_value() {
+    let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+    for kernels in Kernels::available() {
+        for len in [1, 7, 8, 9, 15, 16, 17, 31, 1000, halves.len()] {
+            for halves in halves.chunks(len).take(100) {
+                let mut widened = vec![7f32; len];
+                (kernels.widen)(halves, &mut widened[..halves.len()]);
+                for (half, value) in halves.iter().zip(widened) {
+                    let wanted = f16::to_f32_const(*half);
+                    let is_right = value.to_bits() == wanted.to_bits() || value.is_nan() && wanted.is_nan();
+                    assert!(is_right, "{}: {half:?} is {value:e}", kernels.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn floats_are_narrowed_to_the_nearest_finite_f16() {
+    let halves: Vec<f32> = (0..=u16::MAX).map(|bits| f16::to_f32_const(f16::from_bits(bits))).collect();
+    // Every f16, what lies just beside it, and half-way to the next: ties go to even.
+    let finite = halves.iter().filter(|value| value.is_finite());
+    let around = finite.flat_map(|&x| [x, x.next_up(), x.next_down(), x * (1.0 + 1.0 / 2048.0), x + 2f32.powi(-25)]);
+    let far = [65_504.0, 65_519.996, 65_520.0, 65_536.0, 1e9, f32::MAX, f32::INFINITY, 1e-40, f32::MIN_POSITIVE];
+    let mut values: Vec<f32> = far.into_iter().flat_map(|value| [value, -value]).chain(around).collect();
+    // NaN in a whole vector and in a rest.
+    values.insert(5, f32::NAN);
+    values.push(f32::NAN);
+    for kernels in Kernels::available() {
+        for len in [1, 7, 8, 9, 15, 16, 17, 31, values.len()] {
+            for values in values.chunks(len).take(1000) {
+                let mut narrowed = vec![f16::ONE; values.len()];
+                (kernels.narrow)(values, &mut narrowed);
+                for (value, narrowed) in values.iter().zip(narrowed) {
+                    let nearest = f16::from_f32_const(*value);
+                    let wanted = if nearest.is_infinite() { f16::MAX.copysign(nearest) } else { nearest };
+                    let is_right = narrowed.to_bits() == wanted.to_bits() || narrowed.is_nan() && value.is_nan();
+                    assert!(is_right, "{}: {value:e} is {narrowed:?}", kernels.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn nan_and_infinity_count_as_outliers() {
     let x = [1.0, f32::NAN, -2.0, f32::INFINITY, f32::NEG_INFINITY];
     for kernels in Kernels::available() {
