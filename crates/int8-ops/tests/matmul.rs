@@ -214,6 +214,34 @@ fn no_tokens_give_no_outputs() -> Result<()> {
 }
 
 #[test]
+fn layers_of_many_blocks_are_the_method_bit_for_bit_on_every_instruction_set() -> Result<()> {
+    // Several parts for the threads; several blocks of columns, and of tokens.
+    for (tokens, cols, rows) in [(1, 1100, 200), (3, 1100, 200), (9, 2100, 70), (14, 1100, 130), (600, 70, 67)] {
+        let mut x = small_values(tokens, cols)?.to_vec2::<f32>()?;
+        (x[0][3], x[tokens / 2][cols - 1], x[tokens - 1][cols / 2]) = (40.0, -9.0, 6.0);
+        let weights = [rows, 5].map(|rows| small_values(rows, cols).unwrap().affine(0.01, 0.003).unwrap());
+        let bias: Vec<f32> = (0..rows).map(|row| row as f32 / 7.0).collect();
+        let [first, second] = weights.map(|weight| weight.to_vec2::<f32>().unwrap());
+        let mut wanted = plain_llm_int8(&x, &first, &bias, Some(OUTLIER_THRESHOLD));
+        for (row, more) in wanted.iter_mut().zip(plain_llm_int8(&x, &second, &[0.0; 5], Some(OUTLIER_THRESHOLD))) {
+            row.extend(more);
+        }
+        let bias = Tensor::new(bias, &Device::Cpu)?;
+        let [first, second] = [first, second].map(|weight| Int8Matrix::quantize(&tensor(&weight)).unwrap());
+        for kernels in Kernels::available() {
+            let y = int8_matmul_with(
+                kernels,
+                &tensor(&x),
+                &[(&first, Some(&bias)), (&second, None)],
+                Some(OUTLIER_THRESHOLD),
+            )?;
+            assert_eq!(y.to_vec2::<f32>()?, wanted, "{}: {tokens} tokens", kernels.name);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn layers_that_share_their_input_give_what_each_gives_alone() -> Result<()> {
     let layer = |outputs: usize, threshold| -> Result<Int8Linear> {
         let weight = Int8Matrix::quantize(&small_values(outputs, 40)?)?;
