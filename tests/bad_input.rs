@@ -509,11 +509,19 @@ fn a_model_that_is_too_large_for_the_memory() {
     check_failure(&generate(&[]), 1, &parts);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);
-    config(footprint["machine"]["available_bytes"].as_u64().unwrap() / 300_000_000);
+    let available = footprint["machine"]["available_bytes"].as_u64().unwrap();
+    config(available / 300_000_000);
     check_failure(
         &generate(&["--precision", "f16"]),
         1,
         &["f16 needs ", "hint: generate --precision int8 needs ", "which would fit"],
+    );
+    // The same with a cache of 134 MB a block, which the hint keeps.
+    config(available / 425_000_000);
+    check_failure(
+        &generate(&["--precision", "f16", "--cache-dtype", "f32"]),
+        1,
+        &["f16 needs ", "hint: generate --precision int8 --cache-dtype f32 needs ", "which would fit"],
     );
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);

@@ -49,6 +49,7 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
         assert_eq!(row["model"], folder);
         assert_eq!(row["precision"], "int8");
         assert_eq!(row["unit"], "tokens/s");
+        assert_eq!(row["cache_dtype"], "f16");
         assert_eq!((&row["threads"], &row["batch"], &row["repetitions"]), (&1.into(), &2.into(), &2.into()));
         assert_eq!(row["weight_bytes"], generated["memory"]["weight_bytes"]);
         // The head is the embedding: every weight is read.
@@ -104,6 +105,10 @@ fn every_combination_has_a_row() {
         let rows = json_of(&["bench", "-q", "--json", "--dummy-weights", "--repetitions=1", flag, "-m", folder]);
         assert_eq!(rows.as_array().unwrap().len(), 1);
         assert_eq!(rows[0]["test"], test);
+    }
+    for dtype in ["f16", "f32"] {
+        let rows = json_of(&[fixed.as_slice(), &["--threads=1,2", "--cache-dtype", dtype]].concat());
+        assert!(rows.as_array().unwrap().iter().all(|row| row["cache_dtype"] == dtype), "{rows}");
     }
 }
 

@@ -196,6 +196,7 @@ fn wrong_usage_is_told() {
     let place = place.to_str().unwrap();
     let quantize = |more: &[&str]| llm8(&[&["quantize", "-q", "-o", place], more].concat()).output().unwrap();
     assert_eq!(quantize(&["--shard-size", "5 bananas"]).status.code(), Some(2));
+    assert_eq!(quantize(&["--cache-dtype", "f32"]).status.code(), Some(2), "nothing is cached");
     check_failure(&quantize(&["--skip-module", "dens"]), 1, &["no linear layer matches the module name `dens`"]);
     assert!(!Path::new(place).exists());
 }

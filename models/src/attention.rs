@@ -23,6 +23,14 @@ pub enum CacheDtype {
 }
 
 impl CacheDtype {
+    /// `f16` or `f32`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::F32 => "f32",
+        }
+    }
+
     fn candle(self) -> DType {
         match self {
             Self::F16 => DType::F16,

@@ -110,13 +110,12 @@ impl SourceTensor for DummyTensor<'_> {
     fn vector(&self, dtype: DType) -> Result<Tensor> {
         let len = self.values();
         let mut values = vec![1f32; len];
-        if self.name.ends_with(EMBEDDING_NORM) {
-        } else if self.name.ends_with(".weight") {
+        if !self.name.ends_with(".weight") {
+            self.draw(&mut values, BIAS_EXPONENT);
+        } else if !self.name.ends_with(EMBEDDING_NORM) {
             for index in 0..OUTLIER_COLUMNS {
                 values[(2 * index + 1) * len / (2 * OUTLIER_COLUMNS)] = OUTLIER_WEIGHT;
             }
-        } else {
-            self.draw(&mut values, BIAS_EXPONENT);
         }
         Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(dtype)?)
     }

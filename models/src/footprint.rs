@@ -75,7 +75,7 @@ impl Footprint {
         self.outline.context
     }
 
-    /// How many devices, with `memory` bytes each, hold the weights and the cache of so many tokens:
+    /// How many devices, with `memory` bytes each, hold the weights and the cache, in f16, of so many tokens:
     /// blocks are kept whole, with their part of the cache, and what is outside of them is on the first
     /// device. `None` where a part is too large for any of them.
     pub fn devices(&self, precision: &Precision, tokens: usize, memory: u64) -> Option<u64> {

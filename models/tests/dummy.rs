@@ -100,6 +100,25 @@ fn weights_are_the_same_at_every_run_and_with_any_number_of_threads() {
 }
 
 #[test]
+fn reading_the_weights_reads_every_matrix_of_a_step() {
+    for name in FIXTURES {
+        for precision in precisions() {
+            let loaded = dummy(&config_alone(name), precision.clone());
+            let is_vector = |name: &str| name.ends_with(".bias") || name.contains("norm") || name.contains("ln_f");
+            let matrices = loaded.ledger.entries().iter().filter(|entry| !is_vector(&entry.name));
+            // Tables that are looked up are left out, and the scales of codes, which are no part of the matrix.
+            let read = matrices.filter(|entry| entry.bytes_per_token == entry.bytes).map(|entry| {
+                let is_int8 = entry.bytes < 2 * entry.values;
+                if is_int8 { entry.values } else { entry.bytes }
+            });
+            let read: usize = read.sum();
+            assert!(read > loaded.ledger.bytes_per_token() / 2, "{name} {precision:?}");
+            assert_eq!(loaded.model.read_weights().unwrap(), read, "{name} {precision:?}");
+        }
+    }
+}
+
+#[test]
 fn a_step_reads_all_but_tables_that_are_looked_up() {
     // A separate head: the embedding is only looked up.
     let bloom = dummy(&config_alone("random/bloom-residual"), int8_with(false)).ledger;

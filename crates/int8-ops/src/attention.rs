@@ -75,6 +75,9 @@ impl AttentionCache {
                 bail!("{dims:?} do not fit a cache ({batch}, {heads}, {capacity}, {head_dim}) after {past} tokens");
             }
         }
+        if keys.elem_count() + values.elem_count() == 0 {
+            return Ok(());
+        }
         #[cfg(feature = "cuda")]
         if self.keys.device().is_cuda() {
             return cuda::write_cache(&self.keys, &self.values, past, keys, values);

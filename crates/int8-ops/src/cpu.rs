@@ -64,7 +64,7 @@ pub struct Kernels {
     pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
     /// What follows the integer sums of a token, (rows) to outputs (rows); see [`Finish`].
     pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [f32]),
-    /// A block of attention's scores (64), of which the first `seen` count, becomes weights
+    /// A block of attention's scores (64), of which the first `seen`, at least one, count, becomes weights
     /// `exp(score + slope * key - max)`, keys counted from `first_key`; gives what the weights of earlier
     /// blocks are to be multiplied by.
     pub softmax_block:
@@ -79,9 +79,10 @@ pub struct Kernels {
     pub gelu: fn(x: &mut [f32]),
     /// GELU in the exact form, by the error function.
     pub gelu_erf: fn(x: &mut [f32]),
-    /// f16 values as f32.
+    /// f16 values as f32, as many.
     pub widen: fn(values: &[f16], out: &mut [f32]),
-    /// f32 values as the nearest f16, half to even.
+    /// f32 values as the nearest f16 that is finite, half to even, as many; NaN stays NaN. An infinite value in a
+    /// cache would be NaN to the queries that give it no weight.
     pub narrow: fn(values: &[f32], out: &mut [f16]),
     /// The sums of products of floats with an f32 weight; see [`FloatDots`].
     pub f32_dots: FloatDots<f32>,

@@ -92,16 +92,21 @@ fn a_layer_norm_is_that_of_the_formula() -> Result<()> {
 fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
     let (batch, heads) = (2, 3);
     let slopes = [0.5, 0.25, 0.125];
-    for (past, tokens, head_dim) in [(0, 1, 5), (0, 70, 64), (63, 2, 80), (64, 30, 17), (130, 25, 128)] {
+    let sizes = [(0, 1, 5), (0, 70, 64), (63, 2, 80), (64, 30, 17), (130, 25, 128)];
+    for (dtype, (past, tokens, head_dim)) in
+        [DType::F16, DType::F32].into_iter().flat_map(|dtype| sizes.map(|size| (dtype, size)))
+    {
         let len = past + tokens;
         // The three lie in one another, as the fused projection gives them.
         let fused = Tensor::randn(0f32, 1.0, (batch, len, heads, 3, head_dim), &Device::Cpu)?;
         let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
         let (queries, keys, values) = (part(0)?.narrow(2, past, tokens)?, part(1)?, part(2)?);
-        let cache = AttentionCache::new(&keys, 16, DType::F32)?;
+        let cache = AttentionCache::new(&keys, 16, dtype)?;
         assert!(cache.write(0, &keys, &values).is_err() || len <= cache.capacity());
         let cache = cache.grown(0, len)?;
         cache.write(0, &keys, &values)?;
+        // What the cache holds is rounded, and nothing else.
+        let [keys, values] = [keys, values].map(|tensor| tensor.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap());
         let [q, k, v] = [&queries, &keys, &values].map(|tensor| tensor.contiguous().unwrap().flatten_all().unwrap());
         let [q, k, v] = [q, k, v].map(|tensor| tensor.to_vec1::<f32>().unwrap());
         for kernels in Kernels::available() {
@@ -125,10 +130,41 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
                         let terms = weights.iter().enumerate();
                         let wanted: f64 = terms.map(|(key, w)| w / total * f64::from(row_of(&v, key)[feature])).sum();
                         let found = f64::from(found[row / heads][query][row % heads * head_dim + feature]);
-                        assert!((found - wanted).abs() < 2e-5, "{}: {found} for {wanted}", kernels.name);
+                        assert!((found - wanted).abs() < 2e-5, "{} {dtype:?}: {found} for {wanted}", kernels.name);
                     }
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn no_tokens_attend_to_nothing() -> Result<()> {
+    for (dtype, past) in [(DType::F16, 0), (DType::F32, 0), (DType::F16, 3)] {
+        let none = Tensor::zeros((2, 3, 0, 16), DType::F32, &Device::Cpu)?;
+        let cache = AttentionCache::new(&none, past, dtype)?;
+        cache.write(past, &none, &none)?;
+        for kernels in Kernels::available() {
+            assert_eq!(attention_with(kernels, &none, &cache, past, None)?.dims(), [2, 0, 48]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_value_beyond_f16_does_not_reach_the_queries_before_it() -> Result<()> {
+    let row = |values: [f32; 3]| Tensor::from_iter(values, &Device::Cpu)?.reshape((1, 1, 3, 1))?.repeat((1, 1, 1, 20));
+    let (queries, keys) = (row([1.0; 3])?, row([1.0, 1e6, -1e9])?);
+    for far in [65_520.0, 1e9, f32::MAX, f32::INFINITY] {
+        let values = row([0.5, far, -far])?;
+        let cache = AttentionCache::new(&keys, 3, DType::F16)?;
+        cache.write(0, &keys, &values)?;
+        for kernels in Kernels::available() {
+            let found = attention_with(kernels, &queries, &cache, 0, None)?.to_vec3::<f32>()?;
+            assert_eq!(found[0][0], [0.5; 20], "{} {far}", kernels.name);
+            assert_eq!(found[0][1], [65_504.0; 20], "{} {far}", kernels.name);
+            assert_eq!(found[0][2], [65_504.0; 20], "{} {far}", kernels.name);
         }
     }
     Ok(())

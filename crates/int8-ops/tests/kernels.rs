@@ -1,12 +1,17 @@
 //! Every instruction set this machine has, against plain loops over odd sizes and odd values.
 
 use half::{bf16, f16};
-use int8_ops::cpu::Kernels;
+use int8_ops::cpu::{Finish, Kernels, RunningSoftmax};
 use proptest::prelude::*;
 
-/// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours.
+/// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
+/// columns that kernels work on.
 fn cols() -> impl Strategy<Value = usize> {
-    prop_oneof![1..70usize, Just(127), Just(128), Just(129), Just(251), Just(320), Just(1021)]
+    prop_oneof![
+        6 => 1..70usize,
+        6 => prop_oneof![Just(127), Just(128), Just(129), Just(251), Just(320), Just(1021)],
+        1 => prop_oneof![Just(1024), Just(1027), Just(2048), Just(2051), Just(4173)],
+    ]
 }
 
 /// Floats of every kind that may reach a layer, the awkward ones often.
@@ -25,7 +30,7 @@ fn codes(low: i8, len: usize) -> impl Strategy<Value = Vec<i8>> {
 
 /// Columns, codes of activations, and a weight, which a checkpoint may have stored with -128 in it.
 fn int8_case() -> impl Strategy<Value = (usize, Vec<i8>, Vec<i8>)> {
-    (1..10usize, 1..10usize, cols())
+    (1..26usize, prop_oneof![4 => 1..10usize, 1 => 60..70usize], cols())
         .prop_flat_map(|(tokens, rows, cols)| (Just(cols), codes(-127, tokens * cols), codes(-128, rows * cols)))
 }
 
@@ -77,6 +82,47 @@ proptest! {
     }
 
     #[test]
+    fn what_follows_the_sums_has_the_same_bits_everywhere(
+        (cols, _, weight) in int8_case(),
+        values in prop::collection::vec(-40f32..40.0, 70),
+        columns in prop::collection::vec(0..4173u32, 0..5),
+    ) {
+        let rows = weight.len() / cols;
+        let columns: Vec<u32> = columns.into_iter().map(|column| column % cols as u32).collect();
+        let plain: Vec<f32> =
+            columns.iter().flat_map(|&column| weight.chunks(cols).map(move |row| f32::from(row[column as usize]))).collect();
+        let sums: Vec<i32> = weight.iter().take(rows).map(|&code| 7919 * i32::from(code)).collect();
+        let finish = Finish {
+            x_scale: 0.01,
+            outliers: &values[..columns.len()],
+            outlier_weights: &plain,
+            weight_scales: &values[..rows],
+            bias: Some(&values[70 - rows..]),
+        };
+        let halves: Vec<f16> = values.iter().map(|&value| f16::from_f32(value)).collect();
+        let mut wanted = None;
+        // The plain loops come last.
+        for kernels in Kernels::available().collect::<Vec<_>>().into_iter().rev() {
+            let mut gathered = vec![f32::NAN; plain.len()];
+            (kernels.gather_columns)(&weight, cols, &columns, &mut gathered);
+            prop_assert_eq!(&gathered, &plain, "{}", kernels.name);
+            let mut narrowed = vec![f16::NAN; values.len()];
+            (kernels.narrow)(&values, &mut narrowed);
+            prop_assert_eq!(&narrowed, &halves, "{}", kernels.name);
+            let mut widened = vec![f32::NAN; values.len()];
+            (kernels.widen)(&halves, &mut widened);
+            prop_assert!(widened.iter().zip(&halves).all(|(value, half)| *value == half.to_f32()), "{}", kernels.name);
+            let mut found = vec![f32::NAN; rows];
+            (kernels.finish)(&sums, &finish, &mut found);
+            let (mut scores, mut softmax) = (values[..64].to_vec(), RunningSoftmax { max: 3.0, sum: 2.0 });
+            found.push((kernels.softmax_block)(&mut scores, 1 + rows % 64, 0.1, cols, &mut softmax));
+            found.extend(scores.iter().chain([&softmax.max, &softmax.sum]));
+            let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
+            prop_assert_eq!(&found, wanted.get_or_insert_with(|| found.clone()), "{}", kernels.name);
+        }
+    }
+
+    #[test]
     fn sums_with_float_weights_are_right_to_rounding((cols, x, weight) in float_case()) {
         let f16s: Vec<f16> = weight.iter().map(|&w| f16::from_f32(w)).collect();
         let bf16s: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
@@ -103,6 +149,51 @@ fn check_float(name: &str, x: &[f32], weight: &[f64], cols: usize, sums: &[f32])
         prop_assert!((f64::from(sum) - wanted).abs() <= bound, "{name}: {sum} instead of {wanted}");
     }
     Ok(())
+}
+
+#[test]
+fn every_f16_is_widened_to_its_value() {
+    let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+    for kernels in Kernels::available() {
+        for len in [1, 7, 8, 9, 15, 16, 17, 31, 1000, halves.len()] {
+            for halves in halves.chunks(len).take(100) {
+                let mut widened = vec![7f32; len];
+                (kernels.widen)(halves, &mut widened[..halves.len()]);
+                for (half, value) in halves.iter().zip(widened) {
+                    let wanted = f16::to_f32_const(*half);
+                    let is_right = value.to_bits() == wanted.to_bits() || value.is_nan() && wanted.is_nan();
+                    assert!(is_right, "{}: {half:?} is {value:e}", kernels.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn floats_are_narrowed_to_the_nearest_finite_f16() {
+    let halves: Vec<f32> = (0..=u16::MAX).map(|bits| f16::to_f32_const(f16::from_bits(bits))).collect();
+    // Every f16, what lies just beside it, and half-way to the next: ties go to even.
+    let finite = halves.iter().filter(|value| value.is_finite());
+    let around = finite.flat_map(|&x| [x, x.next_up(), x.next_down(), x * (1.0 + 1.0 / 2048.0), x + 2f32.powi(-25)]);
+    let far = [65_504.0, 65_519.996, 65_520.0, 65_536.0, 1e9, f32::MAX, f32::INFINITY, 1e-40, f32::MIN_POSITIVE];
+    let mut values: Vec<f32> = far.into_iter().flat_map(|value| [value, -value]).chain(around).collect();
+    // NaN in a whole vector and in a rest.
+    values.insert(5, f32::NAN);
+    values.push(f32::NAN);
+    for kernels in Kernels::available() {
+        for len in [1, 7, 8, 9, 15, 16, 17, 31, values.len()] {
+            for values in values.chunks(len).take(1000) {
+                let mut narrowed = vec![f16::ONE; values.len()];
+                (kernels.narrow)(values, &mut narrowed);
+                for (value, narrowed) in values.iter().zip(narrowed) {
+                    let nearest = f16::from_f32_const(*value);
+                    let wanted = if nearest.is_infinite() { f16::MAX.copysign(nearest) } else { nearest };
+                    let is_right = narrowed.to_bits() == wanted.to_bits() || narrowed.is_nan() && value.is_nan();
+                    assert!(is_right, "{}: {value:e} is {narrowed:?}", kernels.name);
+                }
+            }
+        }
+    }
 }
 
 #[test]

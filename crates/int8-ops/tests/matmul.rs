@@ -5,8 +5,8 @@ use candle_nn::Module;
 use half::f16;
 use int8_ops::cpu::Kernels;
 use int8_ops::{
-    FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, float_matmul_with, int8_matmul,
-    int8_matmul_with, outlier_columns, quantize_activations,
+    FloatLinear, Int8Linear, Int8LinearGroup, Int8Matrix, OUTLIER_THRESHOLD, float_matmul, float_matmul_with,
+    int8_matmul, int8_matmul_with, outlier_columns, quantize_activations,
 };
 use proptest::prelude::*;
 
@@ -192,6 +192,52 @@ fn what_shares_a_batch_with_a_sequence_does_not_change_its_result() -> Result<()
     let together = layer.forward(&batch)?;
     assert_eq!(together.get(0)?.to_vec2::<f32>()?, layer.forward(&calm)?.to_vec2::<f32>()?);
     assert_eq!(together.get(1)?.to_vec2::<f32>()?, layer.forward(&tensor(&wild))?.to_vec2::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn no_tokens_give_no_outputs() -> Result<()> {
+    let [weight, other] = [30, 5].map(|rows| small_values(rows, 40).unwrap());
+    let [codes, other] = [&weight, &other].map(|weight| Int8Matrix::quantize(weight).unwrap());
+    for dims in [&[0, 40][..], &[2, 0, 40], &[0, 3, 40]] {
+        let x = Tensor::zeros(dims, DType::F32, &Device::Cpu)?;
+        let with_width = |width: usize| [&dims[..dims.len() - 1], &[width]].concat();
+        assert_eq!(int8_matmul(&x, &codes, None, Some(OUTLIER_THRESHOLD))?.dims(), with_width(30));
+        assert_eq!(int8_matmul(&x, &codes, None, None)?.dims(), with_width(30));
+        assert_eq!(float_matmul(&x, &weight, None)?.dims(), with_width(30));
+        for kernels in Kernels::available() {
+            let group = int8_matmul_with(kernels, &x, &[(&codes, None), (&other, None)], Some(OUTLIER_THRESHOLD))?;
+            assert_eq!(group.dims(), with_width(35));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn layers_of_many_blocks_are_the_method_bit_for_bit_on_every_instruction_set() -> Result<()> {
+    // Several parts for the threads; several blocks of columns, and of tokens.
+    for (tokens, cols, rows) in [(1, 1100, 200), (3, 1100, 200), (9, 2100, 70), (14, 1100, 130), (600, 70, 67)] {
+        let mut x = small_values(tokens, cols)?.to_vec2::<f32>()?;
+        (x[0][3], x[tokens / 2][cols - 1], x[tokens - 1][cols / 2]) = (40.0, -9.0, 6.0);
+        let weights = [rows, 5].map(|rows| small_values(rows, cols).unwrap().affine(0.01, 0.003).unwrap());
+        let bias: Vec<f32> = (0..rows).map(|row| row as f32 / 7.0).collect();
+        let [first, second] = weights.map(|weight| weight.to_vec2::<f32>().unwrap());
+        let mut wanted = plain_llm_int8(&x, &first, &bias, Some(OUTLIER_THRESHOLD));
+        for (row, more) in wanted.iter_mut().zip(plain_llm_int8(&x, &second, &[0.0; 5], Some(OUTLIER_THRESHOLD))) {
+            row.extend(more);
+        }
+        let bias = Tensor::new(bias, &Device::Cpu)?;
+        let [first, second] = [first, second].map(|weight| Int8Matrix::quantize(&tensor(&weight)).unwrap());
+        for kernels in Kernels::available() {
+            let y = int8_matmul_with(
+                kernels,
+                &tensor(&x),
+                &[(&first, Some(&bias)), (&second, None)],
+                Some(OUTLIER_THRESHOLD),
+            )?;
+            assert_eq!(y.to_vec2::<f32>()?, wanted, "{}: {tokens} tokens", kernels.name);
+        }
+    }
     Ok(())
 }
 

@@ -102,14 +102,19 @@ pub struct ProcessorArgs {
     #[arg(long)]
     pub force: bool,
 
-    /// What keys and values are cached in.
-    #[arg(long, value_enum, default_value_t = CacheDtypeName::F16)]
-    pub cache_dtype: CacheDtypeName,
-
     /// Instruction set of the CPU kernels, for measuring and for finding faults: portable, avx2,
     /// avx-vnni, avx512-vnni-256, avx512-vnni or neon-dotprod [default: the fastest here].
     #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]
     pub instruction_set: Option<String>,
+}
+
+/// What a model that runs keeps of the tokens before.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Precision")]
+pub struct CacheArgs {
+    /// What keys and values are cached in.
+    #[arg(long = "cache-dtype", value_name = "CACHE_DTYPE", value_enum, default_value_t = CacheDtypeName::F16)]
+    pub dtype: CacheDtypeName,
 }
 
 /// How a model is found on the Hugging Face Hub, and where it is kept.
@@ -235,6 +240,9 @@ pub struct GenerateArgs {
     pub precision: PrecisionArgs,
 
     #[command(flatten)]
+    pub cache: CacheArgs,
+
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 
     #[command(flatten)]
@@ -266,6 +274,9 @@ pub struct CompareArgs {
 
     #[command(flatten)]
     pub int8: Int8Args,
+
+    #[command(flatten)]
+    pub cache: CacheArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -363,6 +374,9 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub int8: Int8Args,
+
+    #[command(flatten)]
+    pub cache: CacheArgs,
 
     /// Tokens of the prompt; 0 measures no prompt.
     #[arg(long, value_name = "N", default_values_t = [512], value_delimiter = ',', value_parser = tokens)]

@@ -117,11 +117,8 @@ pub fn rate(count: usize, duration: Duration) -> f64 {
 /// Begins a new count of [`peak_rss_bytes`], where the system can do that.
 pub fn reset_peak_rss() {
     // What has been freed goes back to the system first: it would count as what comes next.
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: glibc's malloc_trim may be called at any time, from any thread.
-    unsafe {
-        libc::malloc_trim(0)
-    };
+    // SAFETY: the allocator may be asked at any time, from any thread.
+    unsafe { libmimalloc_sys::mi_collect(true) };
     // proc_pid_clear_refs(5): 5 sets VmHWM to what is resident now.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }

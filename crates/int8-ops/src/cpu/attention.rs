@@ -130,7 +130,7 @@ pub(crate) fn attend<T: CacheValue>(
         units[row * units_per_head + token % tokens / QUERIES_PER_UNIT].outputs.push(output);
     }
     let products = 2 * QUERIES_PER_UNIT.min(tokens) * (cached.past + tokens) * head_dim;
-    let units_per_part = (PRODUCTS_PER_PART / products).max(1);
+    let units_per_part = (PRODUCTS_PER_PART / products.max(1)).max(1);
     let mut parts = Vec::new();
     let mut units = units.into_iter().peekable();
     while units.peek().is_some() {

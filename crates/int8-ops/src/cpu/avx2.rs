@@ -4,9 +4,9 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::Kernels;
 use super::elementwise::elementwise_kernels;
 use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch_after};
+use super::{Kernels, portable};
 
 elementwise_kernels!("avx2,fma,f16c");
 
@@ -121,6 +121,7 @@ impl Widen for bf16 {
 
 #[target_feature(enable = "avx2,f16c")]
 fn widen(values: &[f16], out: &mut [f32]) {
+    assert_eq!(values.len(), out.len());
     let (vectors, rest) = values.as_chunks::<8>();
     let (outs, rest_out) = out.as_chunks_mut::<8>();
     for (values, out) in vectors.iter().zip(outs) {
@@ -132,16 +133,20 @@ fn widen(values: &[f16], out: &mut [f32]) {
 
 #[target_feature(enable = "avx2,f16c")]
 fn narrow(values: &[f32], out: &mut [f16]) {
+    assert_eq!(values.len(), out.len());
+    let (least, most) = (_mm256_set1_ps(f16::MIN.to_f32()), _mm256_set1_ps(f16::MAX.to_f32()));
     let (vectors, rest) = values.as_chunks::<8>();
     let (outs, rest_out) = out.as_chunks_mut::<8>();
     for (values, out) in vectors.iter().zip(outs) {
         // SAFETY: there are 8 values in both, and f16 is 16 bits.
         unsafe {
-            let narrowed = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(values.as_ptr()));
+            // Of a pair with NaN the second is taken.
+            let finite = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(values.as_ptr())));
+            let narrowed = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(finite);
             _mm_storeu_si128(out.as_mut_ptr().cast(), narrowed);
         }
     }
-    rest_out.iter_mut().zip(rest).for_each(|(out, &value)| *out = f16::from_f32(value));
+    portable::narrow(rest, rest_out);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -120,11 +120,15 @@ fn widen(values: &[f16], out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn narrow(values: &[f32], out: &mut [f16]) {
     assert_eq!(values.len(), out.len());
+    let (least, most) = (_mm512_set1_ps(f16::MIN.to_f32()), _mm512_set1_ps(f16::MAX.to_f32()));
     for (values, out) in values.chunks(16).zip(out.chunks_mut(16)) {
         let mask = u16::MAX >> (16 - values.len());
         // SAFETY: the mask keeps to the values of both; f16 is 16 bits.
         unsafe {
-            let narrowed = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(f32::load_masked(values.as_ptr(), mask));
+            let values = f32::load_masked(values.as_ptr(), mask);
+            // Of a pair with NaN the second is taken.
+            let finite = _mm512_max_ps(least, _mm512_min_ps(most, values));
+            let narrowed = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(finite);
             _mm256_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, narrowed);
         }
     }

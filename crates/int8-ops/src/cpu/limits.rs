@@ -7,7 +7,9 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use super::{Kernels, team, tiles};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
+use super::{Kernels, team};
 
 /// Steps of every chain of products in a run: some milliseconds.
 const DOT_STEPS: usize = 2_000_000;
@@ -61,7 +63,9 @@ fn sum_portable(bytes: &[u8]) -> u64 {
     let (blocks, rest) = numbers.as_chunks::<LANES>();
     let mut sums = [0u64; LANES];
     for block in blocks {
-        tiles::prefetch_after(block.as_ptr());
+        // A block is four cache lines, which are asked for one by one.
+        #[cfg(target_arch = "x86_64")]
+        block.chunks(8).for_each(|line| tiles::prefetch_after(line.as_ptr()));
         sums.iter_mut().zip(block).for_each(|(sum, number)| *sum = sum.wrapping_add(u64::from_ne_bytes(*number)));
     }
     let rest = rest.iter().map(|number| u64::from_ne_bytes(*number));

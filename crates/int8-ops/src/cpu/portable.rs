@@ -24,7 +24,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     gelu,
     gelu_erf,
     widen: |values, out| values.convert_to_f32_slice(out),
-    narrow: |values, out| out.convert_from_f32_slice(values),
+    narrow,
     int8_dots,
     f32_dots: float_dots::<f32>,
     f16_dots: float_dots::<f16>,
@@ -230,6 +230,13 @@ pub(super) fn gelu(x: &mut [f32]) {
 #[inline(always)]
 pub(super) fn gelu_erf(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x *= 0.5 * erfc(-*x * std::f32::consts::FRAC_1_SQRT_2));
+}
+
+pub(super) fn narrow(values: &[f32], out: &mut [f16]) {
+    out.convert_from_f32_slice(values);
+    for value in out.iter_mut().filter(|value| value.is_infinite()) {
+        *value = f16::MAX.copysign(*value);
+    }
 }
 
 fn int8_dots(codes: &[i8], _code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {

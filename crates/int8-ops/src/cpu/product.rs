@@ -163,6 +163,9 @@ impl OutputColumns<'_> {
     /// Has `fill(rows, part)` write the output in parts of at most `rows_per_part` weight rows, from several
     /// threads.
     fn fill_in_parts(&mut self, rows_per_part: usize, fill: impl Fn(Range<usize>, &mut Part) + Sync) {
+        if self.matrix.is_empty() {
+            return;
+        }
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
         let (tokens, width) = (self.matrix.len() / self.width, self.width);
         let first = Shared(self.matrix[self.columns.start..].as_mut_ptr().cast());
@@ -197,7 +200,7 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// A token's outputs of `len` rows, of which `first` is the first; zeros.
+    /// A token's outputs of `len` rows, of which `first` is the first; they are cleared, so that floats can be lent.
     fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [f32] {
         assert!(token < self.tokens && first + len <= self.rows);
         // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is

@@ -18,7 +18,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 
 /// Calls `work` with every part, from several threads where they are free: from one alone inside another
-/// such loop, or while another caller's loop runs. Every thread's parts follow one another.
+/// such loop, or while another caller's loop runs. Every thread's own parts follow one another; what it takes
+/// from others comes from their ends.
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
     if parts.len() < 2 {
         return parts.into_iter().for_each(work);
@@ -137,6 +138,8 @@ impl Team {
     fn run(&self, count: u32, work: &(dyn Fn(usize) + Sync), _caller: MutexGuard<()>) {
         // SAFETY: only the lifetime is changed; `Closing` sees to it that nobody works after this call.
         let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
+        // Of an earlier loop, whose caller panicked too and never came to look.
+        *self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
         // SAFETY: the door is closed and nobody is inside, so nobody reads the job.
         unsafe { *self.job.get() = Some(Job { work }) };
         let threads = self.stretches.len();
@@ -243,6 +246,7 @@ impl Drop for Closing<'_> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -275,6 +279,41 @@ mod tests {
             let done = AtomicU32::new(0);
             for_each((0..8).collect(), |_: usize| _ = done.fetch_add(1, Ordering::Relaxed));
             assert_eq!(done.into_inner(), 8);
+        }
+    }
+
+    #[test]
+    fn a_loop_in_which_every_thread_panics_leaves_nothing_for_the_next() {
+        for _ in 0..20 {
+            let (came, start) = (AtomicU32::new(0), Instant::now());
+            let panicked = catch_unwind(AssertUnwindSafe(|| {
+                for_each(vec![(); 8], |()| {
+                    came.fetch_add(1, Ordering::Relaxed);
+                    // Two threads panic in one loop, where there are two and both come.
+                    while came.load(Ordering::Relaxed) < 2 && start.elapsed() < Duration::from_millis(20) {
+                        spin_loop();
+                    }
+                    panic!("on purpose");
+                });
+            }));
+            assert!(panicked.is_err());
+            let done = AtomicU32::new(0);
+            for_each(vec![(); 8], |()| _ = done.fetch_add(1, Ordering::Relaxed));
+            assert_eq!(done.into_inner(), 8);
+        }
+    }
+
+    #[test]
+    fn ranges_of_any_size_cover_every_index_once() {
+        for len in [0, 1, 2, 5, 64, 1003] {
+            for size in [1, 2, 3, 7, 63, 64, 65, 1002, 1003, 1004, 5000] {
+                let counts: Vec<AtomicU32> = (0..len).map(|_| AtomicU32::new(0)).collect();
+                for_each_range(len, size, |range| {
+                    assert!(range.start % size == 0 && (range.len() == size || range.end == len), "{range:?}");
+                    counts[range].iter().for_each(|count| _ = count.fetch_add(1, Ordering::Relaxed));
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{len} by {size}");
+            }
         }
     }
 }

@@ -37,8 +37,8 @@ macro_rules! for_each_tile {
 
 pub(super) use for_each_tile;
 
-/// Tokens from which a layer costs its products and no longer the reading of its weight. With fewer,
-/// rows are read one after the other, as memory likes it best.
+/// Tokens from which a layer costs its products and no longer the reading of its weight. With fewer, the
+/// weight is read where it lies, a row or few at a time, as memory likes it best.
 pub(super) const MANY_TOKENS: usize = 12;
 /// How far ahead of its use a weight is brought to the second cache, in bytes.
 #[cfg(target_arch = "x86_64")]

@@ -130,7 +130,7 @@ fn measure_precision(
     let bench = Bench {
         model: loaded.model.as_ref(),
         repetitions: args.repetitions.into(),
-        cache_dtype: args.processor.cache_dtype.into(),
+        cache_dtype: args.cache.dtype.into(),
     };
     let mut all = Vec::new();
     for test in tests {
@@ -187,5 +187,5 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<()> {
     let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
     precisions(args, folder)?
         .into_iter()
-        .try_for_each(|precision| model::check_memory(cached, folder, &[precision], &args.processor))
+        .try_for_each(|precision| model::check_memory(cached, args.cache, folder, &[precision], &args.processor))
 }

@@ -39,7 +39,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         let both = [baseline.clone(), int8];
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
-        model::check_memory(model::CONTEXT, folder, at_once, &args.machine.processor)
+        model::check_memory(model::CONTEXT, args.cache, folder, at_once, &args.machine.processor)
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let text = prompt.codec(&folder)?;
@@ -79,7 +79,7 @@ impl Session<'_> {
     fn run(&self, precision: Precision) -> anyhow::Result<(Run, Loaded)> {
         output::reset_peak_rss();
         let loaded = model::load_with_progress(self.folder, precision.clone(), &self.args.output)?;
-        let options = model::generate_options(&self.args.sampling, &self.args.machine.processor, &loaded);
+        let options = model::generate_options(&self.args.sampling, self.args.cache, &loaded);
         let mut generation = generate(loaded.model.as_ref(), self.prompt_ids, &options)?;
         generation.by_ref().try_for_each(|id| id.map(drop))?;
         check_interrupt()?;

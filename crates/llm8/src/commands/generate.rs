@@ -17,12 +17,8 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
     let check = |folder: &ModelFolder| {
-        model::check_memory(
-            model::CONTEXT,
-            folder,
-            &[model::precision(&args.precision, folder)?],
-            &args.machine.processor,
-        )
+        let precision = model::precision(&args.precision, folder)?;
+        model::check_memory(model::CONTEXT, args.cache, folder, &[precision], &args.machine.processor)
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let precision = model::precision(&args.precision, &folder)?;
@@ -31,11 +27,8 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let loaded = model::load_with_progress(&folder, precision.clone(), &args.output)?;
     interrupt::listen(args.output.quiet);
 
-    let mut generation = generate(
-        loaded.model.as_ref(),
-        &prompt_ids,
-        &model::generate_options(&args.sampling, &args.machine.processor, &loaded),
-    )?;
+    let mut generation =
+        generate(loaded.model.as_ref(), &prompt_ids, &model::generate_options(&args.sampling, args.cache, &loaded))?;
     let mut stdout = std::io::stdout().lock();
     let mut written = String::new();
     let mut stream = text.as_ref().map(TextCodec::stream);

@@ -4,14 +4,14 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
-    Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, LongestContext, ModelFolder, Precision, Progress,
-    architecture, load, load_dummy, published, stored_int8,
+    CacheDtype, Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, LongestContext, ModelFolder, Precision,
+    Progress, architecture, load, load_dummy, published, stored_int8,
 };
 use int8_ops::cpu::Kernels;
 
 use crate::args::{
-    Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, ProcessorArgs,
-    SamplingArgs,
+    CacheArgs, CacheDtypeName, Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs,
+    PrecisionName, ProcessorArgs, SamplingArgs,
 };
 use crate::demo;
 use crate::failure::Failure;
@@ -153,11 +153,12 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
 /// Tokens whose keys and values a model should have memory for, unless it is known how many there will be.
 pub const CONTEXT: usize = 2048;
 
-/// An error when the memory that is free is too little for the model in `folder`, with so many tokens in the
-/// cache, at these precisions at once, unless the arguments say to go on; it names a precision that would
-/// fit.
+/// An error when the memory that is free is too little for the model in `folder`, with so many tokens in such a
+/// cache, at these precisions at once, unless the arguments say to go on; it names a precision, and a cache,
+/// that would fit.
 pub fn check_memory(
     tokens: usize,
+    cache: CacheArgs,
     folder: &ModelFolder,
     precisions: &[Precision],
     args: &ProcessorArgs,
@@ -167,8 +168,10 @@ pub fn check_memory(
         LongestContext::Positions(positions) => tokens.min(positions),
         LongestContext::Trained(_) => tokens,
     };
-    let cache = footprint.kv_cache(tokens, args.cache_dtype.into());
-    let needs = |precision: &Precision| footprint.weights(precision).total().saturating_add(cache);
+    let with_cache = |precision: &Precision, dtype: CacheDtype| {
+        footprint.weights(precision).total().saturating_add(footprint.kv_cache(tokens, dtype))
+    };
+    let needs = |precision: &Precision| with_cache(precision, cache.dtype.into());
     let needed: u64 = precisions.iter().map(needs).sum();
     let Some(memory) = machine::memory().filter(|memory| needed > memory.available && !args.force) else {
         return Ok(());
@@ -179,16 +182,20 @@ pub fn check_memory(
         ("--precision int8", int8(false)),
         ("--precision int8 --int8-head", int8(true)),
     ];
-    let least = needs(&int8(true));
+    let least = with_cache(&int8(true), CacheDtype::F16);
     let apart =
         precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= memory.available);
     let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= memory.available);
     let hint = match smaller {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, precision)) => {
-            format!("generate {flags} needs {}, which would fit", output::precise_bytes(needs(precision)))
+            let cache = if cache.dtype == CacheDtypeName::F32 { " --cache-dtype f32" } else { "" };
+            format!("generate {flags}{cache} needs {}, which would fit", output::precise_bytes(needs(precision)))
         }
-        None => format!("int8 with an int8 head, which is the least, needs {}", output::precise_bytes(least)),
+        None => {
+            let least = output::precise_bytes(least);
+            format!("int8 with an int8 head and a cache in f16, which is the least, needs {least}")
+        }
     };
     let names = precisions.iter().map(Precision::name).collect::<Vec<_>>().join(" and ");
     let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(memory.available));
@@ -197,7 +204,7 @@ pub fn check_memory(
 }
 
 /// How to generate with a loaded model, as the arguments say.
-pub fn generate_options(args: &SamplingArgs, processor: &ProcessorArgs, loaded: &Loaded) -> GenerateOptions {
+pub fn generate_options(args: &SamplingArgs, cache: CacheArgs, loaded: &Loaded) -> GenerateOptions {
     GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -205,7 +212,7 @@ pub fn generate_options(args: &SamplingArgs, processor: &ProcessorArgs, loaded: 
         top_p: args.top_p,
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
-        cache_dtype: processor.cache_dtype.into(),
+        cache_dtype: cache.dtype.into(),
         eos: if args.ignore_eos { Vec::new() } else { loaded.eos.clone() },
         is_interrupted: interrupt::is_requested,
     }

@@ -2,7 +2,7 @@
 //!
 //! A panel holds four columns of 16 rows in every vector, so that a lane is a row and no sum has to be
 //! gathered across a register at the end. Packing reads and writes every weight once more, which is
-//! little beside many tokens' products. Blocks of columns keep the panels in the nearest cache.
+//! little beside many tokens' products. Blocks of columns keep the panels in the second cache.
 
 use std::arch::x86_64::*;
 
@@ -15,7 +15,7 @@ const LANES: usize = 16;
 const PANELS: usize = 4;
 const TOKENS: usize = 6;
 const ROWS: usize = PANELS * LANES;
-/// Columns that are packed at a time: 32 KB of weight.
+/// Columns that are packed at a time: 64 KB of weight.
 const DEPTH: usize = 1024;
 
 /// (DEPTH / 4, PANELS, LANES, 4): weights as `w + 128`.

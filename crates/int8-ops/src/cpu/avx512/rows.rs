@@ -1,4 +1,5 @@
-//! The int8 product for few tokens: rows of the weight as they lie in memory, each read once for all tokens.
+//! The int8 product for few tokens: rows of the weight as they lie in memory, read once for up to 8 tokens. With
+//! one token they come one after the other; several share the loads of two or one row.
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -170,7 +171,8 @@ fn add_rows<const T: usize, const R: usize>(
 ) -> usize {
     let mut acc: [[__m512i; R]; T] = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t][row + r]));
     let flip = _mm512_set1_epi8(i8::MIN);
-    // What is left of the last row from here on: the rows before it have as much.
+    // What there is of the weight from the same place in the last of the rows on, rows after it too: a vector may
+    // reach past the end of its row, where codes are zero.
     let left = weight.len() - (R - 1) * cols;
     let whole = (left / 64).min(lines.len() / T);
     for vector in 0..whole {
@@ -191,7 +193,7 @@ fn add_rows<const T: usize, const R: usize>(
     if whole < lines.len() / T {
         let mask = (1 << (left - whole * 64)) - 1;
         let weights: [__m512i; R] = std::array::from_fn(|r| {
-            // SAFETY: the mask keeps to what is left of the last row. Codes are zero where it is off.
+            // SAFETY: the mask keeps to what is left of the weight. Codes are zero where it is off.
             let weight = unsafe { _mm512_maskz_loadu_epi8(mask, weight.as_ptr().wrapping_add(r * cols + whole * 64)) };
             _mm512_xor_si512(weight, flip)
         });

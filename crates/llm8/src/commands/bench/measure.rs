@@ -56,6 +56,7 @@ impl fmt::Display for Test {
 #[derive(Debug)]
 pub struct Figures {
     pub test: Test,
+    pub cache_dtype: CacheDtype,
     /// Of each repetition.
     pub seconds: Vec<f64>,
     /// Those of the machine, measured before each repetition.
@@ -123,7 +124,8 @@ impl Bench<'_> {
             seconds.push(self.run(test, &mut cache, usize::MAX, &mut random)?.as_secs_f64());
         }
         let peak_rss_bytes = output::peak_rss_bytes();
-        Ok(Figures { test: *test, seconds, limits: Limits::median(&limits), peak_rss_bytes })
+        let limits = Limits::median(&limits);
+        Ok(Figures { test: *test, cache_dtype: self.cache_dtype, seconds, limits, peak_rss_bytes })
     }
 
     /// One repetition, of at most `tokens` tokens where they are generated.

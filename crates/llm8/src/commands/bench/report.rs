@@ -15,6 +15,8 @@ pub struct Row {
     pub dummy_weights: bool,
     pub precision: String,
     pub int8_head: bool,
+    /// What keys and values are cached in: `f16` or `f32`.
+    pub cache_dtype: String,
     pub threads: usize,
     pub instruction_set: String,
     /// `prefill` or `decode`.
@@ -106,6 +108,7 @@ impl Row {
             dummy_weights: load.dummy_weights,
             precision: precision.name().to_string(),
             int8_head: matches!(precision, Precision::Int8(options) if options.head),
+            cache_dtype: figures.cache_dtype.name().to_string(),
             threads: rayon::current_num_threads(),
             instruction_set: Kernels::active().name.to_string(),
             test: test.to_string(),
