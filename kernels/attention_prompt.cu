@@ -42,7 +42,8 @@ struct alignas(2 * sizeof(T)) Pair {
 /// softmax(scale * q k^T + slope * key position) v of queries (batch, heads, tokens, head_dim) of the given strides,
 /// which follow `past` tokens, over the keys up to each one's own position, to out (batch, tokens, heads * head_dim).
 /// `slopes` (heads) may be null. head_dim is a multiple of 8, at most `WIDTH`, which is the next of 32, 64, 80, 128.
-/// Queries beyond f16 are brought to its end, as the cache's keys are.
+/// Queries beyond f16 are brought to its end, as the cache's keys are. Other heads, and a cache in f32, are
+/// `attention_step`'s for any number of tokens.
 ///
 /// Grid (batch * heads, ceil(tokens / 64)), block 128, no dynamic shared memory.
 template <int WIDTH, class T>
@@ -114,10 +115,13 @@ __device__ void attention_prompt(const T* queries, const __half* keys, const __h
                 for (int i = 0; i < 4; ++i) scores[n][i] *= log2_scale;
             }
             if (slopes) {
+                // What is constant over the keys changes no softmax: counted from near the query, here from that of
+                // row group for both rows, the numbers stay small.
+                const float start = distance;
                 UNROLL
                 for (int n = 0; n < TILE_KEYS / 8; ++n) {
                     UNROLL
-                    for (int i = 0; i < 4; ++i) scores[n][i] += log2_slope * (distance + 8 * n + i % 2 - 8 * (i / 2));
+                    for (int i = 0; i < 4; ++i) scores[n][i] += log2_slope * (start + (8 * n + i % 2));
                 }
             }
             if (first + TILE_KEYS > past + warp_token + 1) {
