@@ -145,6 +145,12 @@ __device__ __forceinline__ void wait_for_copies();
 /// 16 bytes that are read once: they need not stay in the first cache.
 __device__ __forceinline__ int4 load_streaming(const void* global);
 
+/// Two floats to f16, the first in the lower half.
+__device__ __forceinline__ uint32_t pack_halves(float low, float high);
+
+/// 2^x to 2 units in the last place; below 2^-126 it is 0.
+__device__ __forceinline__ float exp2_approximate(float x);
+
 #ifdef LLM8_ON_HOST
 
 namespace shim {
@@ -256,6 +262,15 @@ inline int4 load_streaming(const void* global) {
     return value;
 }
 
+inline uint32_t pack_halves(float low, float high) {
+    const __half pair[2] = {__float2half_rn(low), __float2half_rn(high)};
+    uint32_t bits;
+    std::memcpy(&bits, pair, 4);
+    return bits;
+}
+
+inline float exp2_approximate(float x) { return std::exp2(x); }
+
 #else
 
 __device__ __forceinline__ void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -335,6 +350,17 @@ __device__ __forceinline__ int4 load_streaming(const void* global) {
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(global));
     return value;
+}
+
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
 }
 
 #endif

@@ -2,6 +2,9 @@
 
 #include "../device_prims.cuh"
 
+#include "../attention_cache.cu"
+#include "../attention_prompt.cu"
+#include "../attention_step.cu"
 #include "../quantize.cu"
 
 #include <string>
@@ -23,8 +26,17 @@ std::pair<size_t, Call> entry(void (*kernel)(Args...)) {
 
 #define ENTRY(name) {#name, entry(name)},
 #define ENTRIES(name) ENTRY(name##_f32) ENTRY(name##_f16) ENTRY(name##_bf16)
+#define F16_CACHE_ENTRIES(name) ENTRY(name##_f32_f16) ENTRY(name##_f16_f16) ENTRY(name##_bf16_f16)
+#define CACHE_ENTRIES(name) F16_CACHE_ENTRIES(name) ENTRY(name##_f32_f32) ENTRY(name##_f16_f32) ENTRY(name##_bf16_f32)
 
 const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
+    CACHE_ENTRIES(attention_write)
+    CACHE_ENTRIES(attention_step)
+    ENTRIES(attention_combine)
+    F16_CACHE_ENTRIES(attention_prompt_32)
+    F16_CACHE_ENTRIES(attention_prompt_64)
+    F16_CACHE_ENTRIES(attention_prompt_80)
+    F16_CACHE_ENTRIES(attention_prompt_128)
     ENTRIES(quantize_activations)
 };
 
