@@ -2,7 +2,11 @@
 
 #include "../device_prims.cuh"
 
+#include "../elementwise.cu"
+#include "../layer_norm.cu"
 #include "../quantize.cu"
+#include "../quantize_weight.cu"
+#include "../rows.cu"
 
 #include <string>
 #include <unordered_map>
@@ -25,7 +29,16 @@ std::pair<size_t, Call> entry(void (*kernel)(Args...)) {
 #define ENTRIES(name) ENTRY(name##_f32) ENTRY(name##_f16) ENTRY(name##_bf16)
 
 const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
+    ENTRIES(activate)
+    ENTRIES(add)
+    ENTRIES(dequantize_rows)
+    ENTRIES(gather_rows_f32)
+    ENTRIES(gather_rows_f16)
+    ENTRIES(gather_rows_bf16)
+    ENTRIES(layer_norm)
+    ENTRIES(layer_norm_quantize)
     ENTRIES(quantize_activations)
+    ENTRIES(quantize_rows)
 };
 
 }  // namespace

@@ -1,6 +1,12 @@
 //! The CUDA kernels, run on the CPU, against the CPU's ops: codes and sums bit for bit, floats to rounding.
 
+#[path = "cuda/elementwise.rs"]
+mod elementwise;
+#[path = "cuda/norm.rs"]
+mod norm;
 #[path = "cuda/quantize.rs"]
 mod quantize;
+#[path = "cuda/rows.rs"]
+mod rows;
 #[path = "cuda/support.rs"]
 mod support;
