@@ -10,7 +10,7 @@
     KERNEL(f32, float, f16, __half) KERNEL(f16, __half, f16, __half) KERNEL(bf16, __nv_bfloat16, f16, __half)
 
 /// Features that a thread reads at a time: 16 bytes of f16.
-constexpr int PIECE = 8;
+constexpr int FEATURES = 8;
 
 /// f16 has no room beyond 65504: what is larger comes as near as it can. NaN stays NaN.
 __device__ __forceinline__ float within_half(float value) {
@@ -38,10 +38,10 @@ struct Eight {
         return eight;
     }
 
-    __device__ __forceinline__ void floats(float (&out)[PIECE]) const {
-        V values[PIECE];
+    __device__ __forceinline__ void floats(float (&out)[FEATURES]) const {
+        V values[FEATURES];
         memcpy(values, words, sizeof values);
         UNROLL
-        for (int i = 0; i < PIECE; ++i) out[i] = to_float(values[i]);
+        for (int i = 0; i < FEATURES; ++i) out[i] = to_float(values[i]);
     }
 };

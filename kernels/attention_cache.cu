@@ -10,12 +10,12 @@ __device__ __forceinline__ void cached(float value, __half& place) { place = __f
 template <class T, class C>
 __device__ __forceinline__ void write_piece(const T* from, C* to, int count) {
     const bool is_aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
-    if (count == PIECE && is_aligned) {
-        float values[PIECE];
+    if (count == FEATURES && is_aligned) {
+        float values[FEATURES];
         Eight<T>::load(from).floats(values);
-        C narrowed[PIECE];
+        C narrowed[FEATURES];
         UNROLL
-        for (int i = 0; i < PIECE; ++i) cached(values[i], narrowed[i]);
+        for (int i = 0; i < FEATURES; ++i) cached(values[i], narrowed[i]);
         Eight<C> eight;
         memcpy(eight.words, narrowed, sizeof narrowed);
         UNROLL
@@ -32,14 +32,14 @@ template <class T, class C>
 __device__ void attention_write(const T* keys, const T* values, C* key_cache, C* value_cache, int heads, int tokens,
                                 int head_dim, int capacity, int past, long long batch_stride, long long head_stride,
                                 long long token_stride) {
-    const unsigned pieces = (head_dim + PIECE - 1) / PIECE;
+    const unsigned pieces = (head_dim + FEATURES - 1) / FEATURES;
     const unsigned index = blockIdx.x * WRITE_THREADS + threadIdx.x;
-    const unsigned row = index / pieces, feature = index % pieces * PIECE;
+    const unsigned row = index / pieces, feature = index % pieces * FEATURES;
     const unsigned token = row / heads, head = row % heads;
     if (token >= static_cast<unsigned>(tokens)) return;
     const long long from = blockIdx.y * batch_stride + head * head_stride + token * token_stride + feature;
     const size_t to = ((static_cast<size_t>(blockIdx.y) * heads + head) * capacity + past + token) * head_dim + feature;
-    const int count = min(PIECE, head_dim - static_cast<int>(feature));
+    const int count = min(FEATURES, head_dim - static_cast<int>(feature));
     write_piece(keys + from, key_cache + to, count);
     write_piece(values + from, value_cache + to, count);
 }

@@ -16,18 +16,18 @@ constexpr float LOG2_E = 1.44269504f;
 
 /// Pieces of 16 bytes from a row of a tile to the next: odd, so that eight rows lie in different banks.
 template <int WIDTH>
-constexpr int TILE_STRIDE = WIDTH / PIECE | 1;
+constexpr int TILE_STRIDE = WIDTH / FEATURES | 1;
 
 /// Rows (64, head_dim) from `first` on to a tile; zeros for features after them and for rows from `end` on.
 template <int WIDTH>
 __device__ __forceinline__ void copy_tile(int4* tile, const __half* rows, int first, int end, int head_dim) {
-    constexpr int PIECES = WIDTH / PIECE;
+    constexpr int PIECES = WIDTH / FEATURES;
     UNROLL
     for (int i = 0; i < TILE_KEYS * PIECES / PROMPT_THREADS; ++i) {
         const int index = i * PROMPT_THREADS + static_cast<int>(threadIdx.x);
         const int row = index / PIECES, piece = index % PIECES;
-        const bool is_there = first + row < end && piece * PIECE < head_dim;
-        const size_t place = static_cast<size_t>(first + row) * head_dim + piece * PIECE;
+        const bool is_there = first + row < end && piece * FEATURES < head_dim;
+        const size_t place = static_cast<size_t>(first + row) * head_dim + piece * FEATURES;
         copy_async(tile + row * TILE_STRIDE<WIDTH> + piece, is_there ? rows + place : rows, is_there);
     }
     commit_copies();

@@ -13,7 +13,7 @@ constexpr int STEP_WARPS = STEP_THREADS / WARP;
 /// Queries of a block.
 constexpr int STEP_QUERIES = 4;
 /// Features of a head that a warp holds at a time.
-constexpr int STEP_FEATURES = WARP * PIECE;
+constexpr int STEP_FEATURES = WARP * FEATURES;
 
 /// What is known of a query after some of its keys, less its sum of values.
 struct SoftmaxPart {
@@ -84,12 +84,12 @@ template <int QUERIES, int KEYS, class T, class C>
 __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepShared& shared) {
     // Lanes that share a key: a power of two.
     int lanes = 1;
-    while (lanes * PIECE < task.head_dim) lanes *= 2;
+    while (lanes * FEATURES < task.head_dim) lanes *= 2;
     const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = STEP_THREADS / lanes;
-    const int feature = lane * PIECE;
+    const int feature = lane * FEATURES;
     const bool has_features = feature < task.head_dim;
 
-    float query[QUERIES][PIECE] = {}, vector[QUERIES][PIECE] = {};
+    float query[QUERIES][FEATURES] = {}, vector[QUERIES][FEATURES] = {};
     SoftmaxPart part[QUERIES];
     UNROLL
     for (int q = 0; q < QUERIES; ++q) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepSh
         if (q < task.count && has_features) {
             const T* values = task.queries + q * task.token_stride + feature;
             UNROLL
-            for (int i = 0; i < PIECE; ++i) query[q][i] = to_float(values[i]) * task.scale;
+            for (int i = 0; i < FEATURES; ++i) query[q][i] = to_float(values[i]) * task.scale;
         }
     }
 
@@ -114,13 +114,13 @@ __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepSh
         float scores[QUERIES][KEYS];
         UNROLL
         for (int k = 0; k < KEYS; ++k) {
-            float floats[PIECE];
+            float floats[FEATURES];
             keys[k].floats(floats);
             UNROLL
             for (int q = 0; q < QUERIES; ++q) {
                 scores[q][k] = 0.f;
                 UNROLL
-                for (int i = 0; i < PIECE; ++i) scores[q][k] += query[q][i] * floats[i];
+                for (int i = 0; i < FEATURES; ++i) scores[q][k] += query[q][i] * floats[i];
             }
         }
         for (int step = lanes / 2; step > 0; step /= 2) {
@@ -150,16 +150,16 @@ __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepSh
                 part[q].sum += scores[q][k];
             }
             UNROLL
-            for (int i = 0; i < PIECE; ++i) vector[q][i] *= shrink;
+            for (int i = 0; i < FEATURES; ++i) vector[q][i] *= shrink;
         }
         UNROLL
         for (int k = 0; k < KEYS; ++k) {
-            float floats[PIECE];
+            float floats[FEATURES];
             values[k].floats(floats);
             UNROLL
             for (int q = 0; q < QUERIES; ++q) {
                 UNROLL
-                for (int i = 0; i < PIECE; ++i) vector[q][i] += scores[q][k] * floats[i];
+                for (int i = 0; i < FEATURES; ++i) vector[q][i] += scores[q][k] * floats[i];
             }
         }
     }
@@ -173,7 +173,7 @@ __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepSh
             const float weight = __expf(part[q].max - reference(max)), others = __expf(other.max - reference(max));
             part[q] = {max, weight * part[q].sum + others * other.sum};
             UNROLL
-            for (int i = 0; i < PIECE; ++i) {
+            for (int i = 0; i < FEATURES; ++i) {
                 vector[q][i] = weight * vector[q][i] + others * __shfl_xor_sync(ALL_LANES, vector[q][i], step);
             }
         }
@@ -184,7 +184,7 @@ __device__ __forceinline__ void attend_pieces(const StepTask<T, C>& task, StepSh
         for (int q = 0; q < QUERIES; ++q) {
             if (place == 0) shared.parts[warp][q] = part[q];
             UNROLL
-            for (int i = 0; i < PIECE; ++i) shared.vectors[warp][q][place * PIECE + i] = vector[q][i];
+            for (int i = 0; i < FEATURES; ++i) shared.vectors[warp][q][place * FEATURES + i] = vector[q][i];
         }
     }
     merge_warps(task, shared, 0, task.head_dim);
@@ -200,7 +200,7 @@ __device__ void attend_any(const StepTask<T, C>& task, StepShared& shared) {
             const T* query = task.queries + q * task.token_stride;
             const int end_key = min(task.end_key, task.position + q + 1);
             SoftmaxPart part = {-INFINITY, 0.f};
-            float vector[PIECE] = {};
+            float vector[FEATURES] = {};
             for (int key = task.first_key + warp; key < end_key; key += STEP_WARPS) {
                 const size_t place = static_cast<size_t>(key) * task.head_dim;
                 float score = 0.f;
@@ -212,7 +212,7 @@ __device__ void attend_any(const StepTask<T, C>& task, StepShared& shared) {
                 const float shrink = __expf(part.max - reference(max)), weight = __expf(score - reference(max));
                 part = {max, shrink * part.sum + weight};
                 UNROLL
-                for (int i = 0; i < PIECE; ++i) {
+                for (int i = 0; i < FEATURES; ++i) {
                     const int feature = i * WARP + lane;
                     if (feature >= width) continue;
                     vector[i] = shrink * vector[i] + weight * to_float(task.values[place + first_feature + feature]);
@@ -220,7 +220,7 @@ __device__ void attend_any(const StepTask<T, C>& task, StepShared& shared) {
             }
             if (lane == 0) shared.parts[warp][q] = part;
             UNROLL
-            for (int i = 0; i < PIECE; ++i) shared.vectors[warp][q][i * WARP + lane] = vector[i];
+            for (int i = 0; i < FEATURES; ++i) shared.vectors[warp][q][i * WARP + lane] = vector[i];
         }
         merge_warps(task, shared, first_feature, width);
     }
@@ -264,7 +264,7 @@ __device__ void attention_step(const T* queries, const C* keys, const C* values,
     task.slope = slopes ? slopes[head] : 0.f;
     // As many keys under way as registers allow.
     constexpr int KEYS = 8 / sizeof(C);
-    if (head_dim % PIECE != 0 || head_dim > STEP_FEATURES) {
+    if (head_dim % FEATURES != 0 || head_dim > STEP_FEATURES) {
         attend_any(task, shared);
     } else if (task.count == 1) {
         attend_pieces<1, KEYS>(task, shared);

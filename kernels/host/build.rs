@@ -7,6 +7,8 @@ fn main() {
     build.cpp(true).std("c++17").file("kernels.cpp").include("..").opt_level(1).debug(true);
     // As on the device, where products and sums are not fused unless a kernel says so.
     build.flag("-ffp-contract=off").define("LLM8_ON_HOST", None);
+    // Kernels load and store several values as one vector.
+    build.flag("-fno-strict-aliasing");
     build
         .flag("-Wall")
         .flag("-Wextra")

@@ -5,7 +5,11 @@
 #include "../attention_cache.cu"
 #include "../attention_prompt.cu"
 #include "../attention_step.cu"
+#include "../elementwise.cu"
+#include "../layer_norm.cu"
 #include "../quantize.cu"
+#include "../quantize_weight.cu"
+#include "../rows.cu"
 
 #include <string>
 #include <unordered_map>
@@ -37,7 +41,16 @@ const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
     F16_CACHE_ENTRIES(attention_prompt_64)
     F16_CACHE_ENTRIES(attention_prompt_80)
     F16_CACHE_ENTRIES(attention_prompt_128)
+    ENTRIES(activate)
+    ENTRIES(add)
+    ENTRIES(dequantize_rows)
+    ENTRIES(gather_rows_f32)
+    ENTRIES(gather_rows_f16)
+    ENTRIES(gather_rows_bf16)
+    ENTRIES(layer_norm)
+    ENTRIES(layer_norm_quantize)
     ENTRIES(quantize_activations)
+    ENTRIES(quantize_rows)
 };
 
 }  // namespace

@@ -108,6 +108,12 @@ T atomicMax(T* place, T value) {
     *place = std::max(old, value);
     return old;
 }
+template <class T>
+T atomicMin(T* place, T value) {
+    const T old = *place;
+    *place = std::min(old, value);
+    return old;
+}
 inline void __threadfence() {}
 
 namespace shim {

@@ -2,7 +2,13 @@
 
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/elementwise.rs"]
+mod elementwise;
+#[path = "cuda/norm.rs"]
+mod norm;
 #[path = "cuda/quantize.rs"]
 mod quantize;
+#[path = "cuda/rows.rs"]
+mod rows;
 #[path = "cuda/support.rs"]
 mod support;

@@ -10,6 +10,9 @@ pub trait Float: Copy + candle_core::WithDType {
     /// What its kernels' names end in.
     const SUFFIX: &str;
 
+    /// What rounding to it changes a value by at most, of its magnitude.
+    const ROUNDING: f32;
+
     fn of(value: f32) -> Self;
 
     fn float(self) -> f32;
@@ -17,6 +20,7 @@ pub trait Float: Copy + candle_core::WithDType {
 
 impl Float for f32 {
     const SUFFIX: &str = "f32";
+    const ROUNDING: f32 = f32::EPSILON / 2.0;
 
     fn of(value: f32) -> Self {
         value
@@ -29,6 +33,7 @@ impl Float for f32 {
 
 impl Float for f16 {
     const SUFFIX: &str = "f16";
+    const ROUNDING: f32 = 1.0 / 2048.0;
 
     fn of(value: f32) -> Self {
         Self::from_f32(value)
@@ -41,6 +46,7 @@ impl Float for f16 {
 
 impl Float for bf16 {
     const SUFFIX: &str = "bf16";
+    const ROUNDING: f32 = 1.0 / 256.0;
 
     fn of(value: f32) -> Self {
         Self::from_f32(value)
@@ -53,6 +59,16 @@ impl Float for bf16 {
 
 pub fn floats<T: Float>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&value| T::of(value)).collect()
+}
+
+/// Values are the wanted ones, rounded to T, but for an error of so much, and of so much of their magnitude.
+#[track_caller]
+pub fn assert_close<T: Float>(found: &[T], wanted: &[f32], absolute: f32, relative: f32) {
+    assert_eq!(found.len(), wanted.len());
+    for (index, (found, wanted)) in found.iter().zip(wanted).enumerate() {
+        let bound = absolute + (relative + T::ROUNDING) * wanted.abs();
+        assert!((found.float() - wanted).abs() <= bound, "value {index}: {} is not {wanted}", found.float());
+    }
 }
 
 /// Runs a kernel of `grid` blocks of `threads` in one dimension, with lanes in an order that `seed` makes.
