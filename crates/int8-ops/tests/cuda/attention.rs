@@ -177,7 +177,7 @@ fn a_step_of_several_queries_is_causal() -> Result<()> {
 #[test]
 fn any_head_has_its_step() -> Result<()> {
     for head_dim in [1, 5, 8, 16, 20, 100, 256, 264, 300] {
-        check_step_of_all(&Case { batch: 2, head_dim, past: 18, tokens: 2, ..CASE }, 1)?;
+        check_step::<f16, f16>(&Case { batch: 2, head_dim, past: 18, ..CASE }, 1)?;
         check_step::<f32, f32>(&Case { head_dim, past: 18, tokens: 5, ..CASE }, 2)?;
     }
     Ok(())
