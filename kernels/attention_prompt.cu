@@ -47,8 +47,8 @@ struct alignas(2 * sizeof(T)) Pair {
 ///
 /// Grid (batch * heads, ceil(tokens / 64)), block 128, no dynamic shared memory.
 template <int WIDTH, class T>
-__device__ void attention_prompt(const T* queries, const __half* keys, const __half* values, const float* slopes, T* out,
-                                 int heads, int tokens, int head_dim, int capacity, int past, float scale,
+__device__ void attention_prompt(const T* queries, const __half* keys, const __half* values, const float* slopes,
+                                 T* out, int heads, int tokens, int head_dim, int capacity, int past, float scale,
                                  long long batch_stride, long long head_stride, long long token_stride) {
     constexpr int STRIDE = TILE_STRIDE<WIDTH>;
     __shared__ int4 key_tile[TILE_KEYS * STRIDE], value_tile[TILE_KEYS * STRIDE];
