@@ -73,6 +73,15 @@ __device__ __forceinline__ T warp_max(T value) {
     return value;
 }
 
+/// The same for whole numbers; one instruction from Ampere on.
+__device__ __forceinline__ int warp_sum_of_ints(int value) {
+#if !defined(LLM8_ON_HOST) && __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(ALL_LANES, value);
+#else
+    return warp_sum(value);
+#endif
+}
+
 /// Of a block of whole warps in one dimension; the result is every thread's. The barrier at the start lets
 /// calls follow one another.
 template <class T>
@@ -144,6 +153,16 @@ __device__ __forceinline__ void wait_for_copies();
 
 /// 16 bytes that are read once: they need not stay in the first cache.
 __device__ __forceinline__ int4 load_streaming(const void* global);
+
+/// Asks for the 32 bytes at an address to be brought to the second cache; nothing waits for them.
+__device__ __forceinline__ void prefetch(const void* global);
+
+/// Waits until what earlier kernels wrote is there: a kernel that was launched with programmatic stream
+/// serialization may start before they end. For others it does nothing.
+__device__ __forceinline__ void wait_for_earlier_kernels();
+
+/// Lets the next kernel start where it was launched so: its blocks come as soon as there is room for them.
+__device__ __forceinline__ void let_next_kernel_start();
 
 #ifdef LLM8_ON_HOST
 
@@ -256,6 +275,10 @@ inline int4 load_streaming(const void* global) {
     return value;
 }
 
+inline void prefetch(const void*) {}
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_start() {}
+
 #else
 
 __device__ __forceinline__ void mma_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -335,6 +358,20 @@ __device__ __forceinline__ int4 load_streaming(const void* global) {
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(global));
     return value;
+}
+
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 #endif
