@@ -73,6 +73,15 @@ __device__ __forceinline__ T warp_max(T value) {
     return value;
 }
 
+/// The same for whole numbers; one instruction from Ampere on.
+__device__ __forceinline__ int warp_sum_of_ints(int value) {
+#if !defined(LLM8_ON_HOST) && __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(ALL_LANES, value);
+#else
+    return warp_sum(value);
+#endif
+}
+
 /// Of a block of whole warps in one dimension; the result is every thread's. The barrier at the start lets
 /// calls follow one another.
 template <class T>
@@ -145,11 +154,23 @@ __device__ __forceinline__ void wait_for_copies();
 /// 16 bytes that are read once: they need not stay in the first cache.
 __device__ __forceinline__ int4 load_streaming(const void* global);
 
+<<<<<<< HEAD
 /// Two floats to f16, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_halves(float low, float high);
 
 /// 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approximate(float x);
+=======
+/// Asks for the 32 bytes at an address to be brought to the second cache; nothing waits for them.
+__device__ __forceinline__ void prefetch(const void* global);
+
+/// Waits until what earlier kernels wrote is there: a kernel that was launched with programmatic stream
+/// serialization may start before they end. For others it does nothing.
+__device__ __forceinline__ void wait_for_earlier_kernels();
+
+/// Lets the next kernel start where it was launched so: its blocks come as soon as there is room for them.
+__device__ __forceinline__ void let_next_kernel_start();
+>>>>>>> cuda-few
 
 #ifdef LLM8_ON_HOST
 
@@ -262,6 +283,7 @@ inline int4 load_streaming(const void* global) {
     return value;
 }
 
+<<<<<<< HEAD
 inline uint32_t pack_halves(float low, float high) {
     const __half pair[2] = {__float2half_rn(low), __float2half_rn(high)};
     uint32_t bits;
@@ -270,6 +292,11 @@ inline uint32_t pack_halves(float low, float high) {
 }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+=======
+inline void prefetch(const void*) {}
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_start() {}
+>>>>>>> cuda-few
 
 #else
 
@@ -352,6 +379,7 @@ __device__ __forceinline__ int4 load_streaming(const void* global) {
     return value;
 }
 
+<<<<<<< HEAD
 __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -361,6 +389,20 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
+=======
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+>>>>>>> cuda-few
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include "../attention_step.cu"
 #include "../elementwise.cu"
 #include "../layer_norm.cu"
+#include "../int8_matmul_few.cu"
 #include "../quantize.cu"
 #include "../quantize_weight.cu"
 #include "../rows.cu"
@@ -49,6 +50,9 @@ const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
     ENTRIES(gather_rows_bf16)
     ENTRIES(layer_norm)
     ENTRIES(layer_norm_quantize)
+    ENTRIES(int8_matmul_few)
+    ENTRIES(int8_matmul_few_codes)
+    ENTRIES(int8_matmul_few_normed)
     ENTRIES(quantize_activations)
     ENTRIES(quantize_rows)
 };

@@ -6,6 +6,8 @@ mod attention;
 mod elementwise;
 #[path = "cuda/norm.rs"]
 mod norm;
+#[path = "cuda/matmul_few.rs"]
+mod matmul_few;
 #[path = "cuda/quantize.rs"]
 mod quantize;
 #[path = "cuda/rows.rs"]
