@@ -2,6 +2,7 @@
 
 #include "../device_prims.cuh"
 
+#include "../int8_matmul_many.cu"
 #include "../quantize.cu"
 
 #include <string>
@@ -25,6 +26,9 @@ std::pair<size_t, Call> entry(void (*kernel)(Args...)) {
 #define ENTRIES(name) ENTRY(name##_f32) ENTRY(name##_f16) ENTRY(name##_bf16)
 
 const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
+    ENTRIES(int8_matmul_many)
+    ENTRIES(int8_matmul_many_medium)
+    ENTRIES(int8_matmul_many_small)
     ENTRIES(quantize_activations)
 };
 
