@@ -8,6 +8,7 @@
 #include "../elementwise.cu"
 #include "../layer_norm.cu"
 #include "../int8_matmul_few.cu"
+#include "../int8_matmul_many.cu"
 #include "../quantize.cu"
 #include "../quantize_weight.cu"
 #include "../rows.cu"
@@ -53,6 +54,9 @@ const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
     ENTRIES(int8_matmul_few)
     ENTRIES(int8_matmul_few_codes)
     ENTRIES(int8_matmul_few_normed)
+    ENTRIES(int8_matmul_many)
+    ENTRIES(int8_matmul_many_medium)
+    ENTRIES(int8_matmul_many_small)
     ENTRIES(quantize_activations)
     ENTRIES(quantize_rows)
 };

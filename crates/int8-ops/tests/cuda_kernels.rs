@@ -8,6 +8,8 @@ mod elementwise;
 mod norm;
 #[path = "cuda/matmul_few.rs"]
 mod matmul_few;
+#[path = "cuda/matmul_many.rs"]
+mod matmul_many;
 #[path = "cuda/quantize.rs"]
 mod quantize;
 #[path = "cuda/rows.rs"]

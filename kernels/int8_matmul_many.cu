@@ -1,0 +1,494 @@
+// Steps 4 to 6 of LLM.int8() for many tokens, on tensor cores: codes times codes summed exactly, and straight
+// from the sums in registers to outputs; no matrix of sums is written.
+//
+// A block makes a tile of outputs (tokens, rows of the weight). Its codes come through a ring of stages in
+// shared memory, each some columns wide; every warp multiplies a part of the tile by `mma_s8`.
+//
+// How to launch: `int8_matmul_many_T`, `int8_matmul_many_medium_T` and `int8_matmul_many_small_T` take the same
+// arguments and give the same bits.
+//
+//                tile (tokens, rows)   threads   dynamic shared memory
+//     many       128, 256              256       98560 bytes
+//     medium     128, 128              128       49408 bytes
+//     small       64,  64              128       49408 bytes
+//
+// Grid: ceil(tokens / tile tokens) * ceil(rows / tile rows) blocks in one dimension. All need
+// MAX_DYNAMIC_SHARED_SIZE_BYTES to be set; the first does not fit compute capability 7.5. Which: `small` for
+// up to 64 tokens; else the first of the list that has blocks for three quarters of the multiprocessors, else
+// `small`.
+//
+// The reckoning, for a multiprocessor that has `mma_s8` every 1.6 (9.0) or 2 (8.0) cycles and 128 bytes of
+// shared memory a cycle. A warp's 64 by 64 outputs take 4 KB of fragments for 32 products: 128 bytes a product,
+// and filling the stages adds 48 (tile 128, 256) or 64 (128, 128): 86 % and 94 % of the time of the products on
+// 9.0, 69 % and 75 % on 8.0. The second cache gives 384 bytes for 2^15 products of codes (tile 128, 256) or 512
+// for as many (128, 128): 132 multiprocessors ask for 4000 or 5300 bytes a cycle, which is why the wide tile
+// comes first. `mma_s8` itself reaches about 60 % of the peak that only 9.0a's wgmma has. Registers: 128 for
+// the sums, 64 for two sets of fragments; two warps for each scheduler.
+
+#include "device_prims.cuh"
+
+namespace many {
+
+/// Outlier columns that are in shared memory at a time: as many as one `mma_s8` takes.
+constexpr int OUTLIERS = 32;
+/// Tiles of tokens that share a row of blocks: those that run at a time should ask for few different codes, and
+/// the weight has the most.
+constexpr int GROUP = 16;
+/// Bytes for the columns of the outliers in shared memory, behind the stages.
+constexpr int LIST_BYTES = 256;
+
+/// What a block makes, and how.
+template <int TILE_TOKENS, int TILE_ROWS, int STAGE_COLS, int STAGE_COUNT, int TOKENS_OF_WARP, int ROWS_OF_WARP, int MIN_BLOCKS>
+struct Tiling {
+    static constexpr int TOKENS = TILE_TOKENS, ROWS = TILE_ROWS;
+    /// Columns of a stage.
+    static constexpr int COLS = STAGE_COLS;
+    static constexpr int STAGES = STAGE_COUNT;
+    static constexpr int WARP_TOKENS = TOKENS_OF_WARP, WARP_ROWS = ROWS_OF_WARP;
+    static constexpr int WARPS = TOKENS / WARP_TOKENS * (ROWS / WARP_ROWS), THREADS = 32 * WARPS;
+    /// Blocks of a multiprocessor.
+    static constexpr int BLOCKS = MIN_BLOCKS;
+    static constexpr int STAGE_BYTES = (TOKENS + ROWS) * COLS;
+    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + LIST_BYTES;
+    /// A warp finishes its outputs (32 tokens, 32 rows) at a time.
+    static constexpr int ROW_SLICES = WARP_ROWS / 32, SLICES = WARP_TOKENS / 32 * ROW_SLICES;
+    static_assert(TOKENS <= THREADS && ROWS <= THREADS, "a thread loads one scale of each");
+    static_assert((TOKENS + 2 * ROWS) * 4 + (TOKENS + ROWS) * OUTLIERS * 5 <= STAGES * STAGE_BYTES, "the stages' room");
+    static_assert((OUTLIERS + WARPS) * 4 <= LIST_BYTES, "the list's room");
+};
+
+using Large = Tiling<128, 256, 64, 4, 64, 64, 1>;
+using Medium = Tiling<128, 128, 64, 3, 64, 64, 2>;
+using Small = Tiling<64, 64, 128, 3, 32, 32, 3>;
+static_assert(Large::THREADS == 256 && Large::SHARED_BYTES == 98560, "as stated above");
+static_assert(Medium::THREADS == 128 && Medium::SHARED_BYTES == 49408, "as stated above");
+static_assert(Small::THREADS == 128 && Small::SHARED_BYTES == 49408, "as stated above");
+
+/// Where 16 codes of a row lie in a tile of so many columns. `order` numbers the rows that `load_matrices`
+/// takes together, of which no two may lie in the same banks.
+template <int COLS>
+__device__ __forceinline__ int place(int row, int order, int part) {
+    constexpr int PARTS = COLS / 16;
+    return row * COLS + 16 * (part ^ (order / (8 / PARTS) % PARTS));
+}
+
+template <int COLS>
+__device__ __forceinline__ int token_place(int token, int part) {
+    return place<COLS>(token, token, part);
+}
+
+/// Of 32 rows, matrix j of four has rows 8 * i + 2 * j and the next, i from 0 to 3: a lane's sums are then those
+/// of 8 rows that follow each other, which it writes at once.
+template <int COLS>
+__device__ __forceinline__ int row_place(int row, int part) {
+    return place<COLS>(row, row % 2 + row / 8 % 4 * 2, part);
+}
+
+/// What a warp's products take of 32 columns.
+template <class Tile>
+struct Fragments {
+    uint32_t tokens[Tile::WARP_TOKENS / 16][4];
+    uint32_t rows[Tile::WARP_ROWS / 16][4];
+};
+
+/// Where a lane reads the fragments of a tile of so many columns.
+template <class Tile, int COLS>
+struct Reader {
+    int token, row;
+
+    __device__ __forceinline__ Reader(int warp_token, int warp_row) {
+        const int lane = threadIdx.x % WARP;
+        token = token_place<COLS>(warp_token + lane % 16, lane / 16);
+        row = row_place<COLS>(warp_row + lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
+    }
+
+    /// Columns from 32 * step on of codes (tokens, COLS) and, behind them, (rows, COLS).
+    __device__ __forceinline__ void read(Fragments<Tile>& fragments, const unsigned char* stage, int step) const {
+        UNROLL for (int i = 0; i < Tile::WARP_TOKENS / 16; ++i) {
+            load_matrices(fragments.tokens[i], stage + (token ^ 32 * step) + 16 * COLS * i);
+        }
+        stage += Tile::TOKENS * COLS;
+        UNROLL for (int i = 0; i < Tile::WARP_ROWS / 16; ++i) {
+            load_matrices(fragments.rows[i], stage + (row ^ 32 * step) + (i / 2 * 32 + i % 2 * 4) * COLS);
+        }
+    }
+};
+
+/// A warp's sums: by slices of (32 tokens, 32 rows), of each two times 16 tokens and four matrices of rows.
+template <class Tile>
+using Sums = int[Tile::SLICES][2][4][4];
+
+template <class Tile>
+__device__ __forceinline__ void multiply(Sums<Tile>& sums, const Fragments<Tile>& fragments) {
+    UNROLL for (int i = 0; i < Tile::WARP_TOKENS / 16; ++i) {
+        UNROLL for (int j = 0; j < Tile::WARP_ROWS / 8; ++j) {
+            const uint32_t(&two)[4] = fragments.rows[j / 2];
+            const uint32_t row[2] = {two[j % 2 * 2], two[j % 2 * 2 + 1]};
+            mma_s8(sums[i / 2 * Tile::ROW_SLICES + j / 4][i % 2][j % 4], fragments.tokens[i], row);
+        }
+    }
+}
+
+/// What a thread copies of codes (count, cols), of which the tile has LEN rows from `first` on: 16 columns of every
+/// so manieth row, stage by stage. Zeros stand for what is beyond the ends.
+template <class Tile, int LEN, bool IS_WEIGHT>
+struct Copier {
+    static constexpr int PARTS = Tile::COLS / 16, STEP = Tile::THREADS / PARTS;
+    /// The thread's first row, from its columns of the next stage on.
+    const int8_t* source;
+    /// Rows from there to the end.
+    int rows;
+    /// The thread's place in a tile.
+    int place;
+
+    __device__ __forceinline__ Copier(const int8_t* codes, int first, int count, int cols) {
+        const int row = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
+        source = codes + static_cast<size_t>(first + row) * cols + 16 * part;
+        rows = count - first - row;
+        place = place_of(row, part);
+    }
+
+    __device__ __forceinline__ static int place_of(int row, int part) {
+        return IS_WEIGHT ? row_place<Tile::COLS>(row, part) : token_place<Tile::COLS>(row, part);
+    }
+
+    /// Where copy number i goes. 32 rows further the order of a row's parts is the same.
+    __device__ __forceinline__ int place_at(int i) const {
+        if (STEP % 32 == 0) return place + STEP * Tile::COLS * i;
+        return place_of(threadIdx.x / PARTS + STEP * i, threadIdx.x % PARTS);
+    }
+
+    /// Of rows whose starts are aligned; `cols` are left from the thread's on.
+    __device__ __forceinline__ void copy(unsigned char* tile, int cols, int width) const {
+        UNROLL for (int i = 0; i < LEN / STEP; ++i) {
+            copy_async(tile + place_at(i), source + static_cast<size_t>(STEP * i) * width, cols > 0 && STEP * i < rows);
+        }
+    }
+
+    /// Of any rows; four codes at a time, as registers are short where this is done.
+    __device__ __forceinline__ void copy_bytes(unsigned char* tile, int cols, int width) const {
+#pragma unroll 1
+        for (int i = 0; i < LEN / STEP; ++i) {
+            const int8_t* bytes = source + static_cast<size_t>(STEP * i) * width;
+#pragma unroll 1
+            for (int first = 0; first < 16; first += 4) {
+                uint32_t four = 0;
+                UNROLL for (int byte = 0; byte < 4; ++byte) {
+                    const bool is_there = first + byte < cols && STEP * i < rows;
+                    four |= is_there ? static_cast<uint32_t>(static_cast<uint8_t>(bytes[first + byte])) << 8 * byte : 0;
+                }
+                *reinterpret_cast<uint32_t*>(tile + place_at(i) + first) = four;
+            }
+        }
+    }
+};
+
+/// The columns that are outliers in any of a tile's sequences: how many there are, and, in `list`, up to OUTLIERS
+/// of them from number `first` on, ascending. The list is complete after the block's next barrier.
+template <class Tile>
+__device__ int collect_outliers(int* list, const unsigned* bits, int sequences, int words, int first) {
+    int* totals = list + OUTLIERS;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int count = 0;
+    for (int start = 0; start < words; start += Tile::THREADS) {
+        const int index = start + threadIdx.x;
+        unsigned word = 0;
+        if (index < words) {
+            for (int sequence = 0; sequence < sequences; ++sequence) word |= bits[static_cast<size_t>(sequence) * words + index];
+        }
+        // The sum of this lane and those before it.
+        int sum = __popc(word);
+        for (int step = 1; step < 32; step *= 2) {
+            const int before = __shfl_sync(ALL_LANES, sum, (lane - step) & 31);
+            sum += lane < step ? 0 : before;
+        }
+        if (lane == 31) totals[warp] = sum;
+        __syncthreads();
+        int number = count + sum - __popc(word) - first;
+        for (int other = 0; other < Tile::WARPS; ++other) {
+            const int total = totals[other];
+            number += other < warp ? total : 0;
+            count += total;
+        }
+        __syncthreads();
+        for (; word != 0; word &= word - 1, ++number) {
+            if (number >= 0 && number < OUTLIERS) list[number] = 32 * index + __ffs(word) - 1;
+        }
+    }
+    return count;
+}
+
+/// Eight outputs that follow each other.
+template <class T>
+struct alignas(16) Eight {
+    T values[8];
+};
+
+/// What a tile's outputs take besides the sums, in shared memory where the stages were.
+template <class Tile>
+struct Epilogue {
+    float* weight_scales;  // (rows)
+    float* biases;         // (rows)
+    float* x_scales;       // (tokens)
+    unsigned char* codes;  // (tokens, OUTLIERS) and (rows, OUTLIERS): negated codes, and those of the weight.
+    float* values;         // (OUTLIERS, tokens), a warp's in the order in which lanes have them.
+    float* weights;        // (OUTLIERS, rows)
+
+    __device__ __forceinline__ explicit Epilogue(unsigned char* shared) {
+        weight_scales = reinterpret_cast<float*>(shared);
+        biases = weight_scales + Tile::ROWS;
+        x_scales = biases + Tile::ROWS;
+        values = x_scales + Tile::TOKENS;
+        weights = values + OUTLIERS * Tile::TOKENS;
+        codes = reinterpret_cast<unsigned char*>(weights + OUTLIERS * Tile::ROWS);
+    }
+
+    /// Loads what belongs to outlier columns of the tile that begins at a token and a row. Zeros stand where a
+    /// column is not an outlier of the token's sequence: they change no sum.
+    template <int AT_ONCE, class T>
+    __device__ __forceinline__ void load_outliers(const int* list, int count, const unsigned* bits, const T* x,
+                                                  const int8_t* x_codes, const int8_t* weight, int first_token, int first_row,
+                                                  int tokens, int rows, int cols, int tokens_per_sequence) {
+        // A column of zeros of the tokens is enough for none: whatever the weight has there is multiplied by 0.
+        for (int i = threadIdx.x; i < Tile::TOKENS * OUTLIERS / 16; i += Tile::THREADS) {
+            reinterpret_cast<int4*>(codes)[i] = {0, 0, 0, 0};
+        }
+        __syncthreads();
+        const int words = (cols + 31) / 32;
+#pragma unroll AT_ONCE
+        for (int i = threadIdx.x; i < count * Tile::TOKENS; i += Tile::THREADS) {
+            const int index = i / Tile::TOKENS, token = i % Tile::TOKENS, col = list[index];
+            float value = 0.f;
+            int code = 0;
+            if (first_token + token < tokens) {
+                const size_t sequence = (first_token + token) / tokens_per_sequence;
+                const size_t at = static_cast<size_t>(first_token + token) * cols + col;
+                const bool is_outlier = bits[sequence * words + col / 32] >> col % 32 & 1;
+                value = is_outlier ? to_float(x[at]) : 0.f;
+                code = is_outlier ? x_codes[at] : 0;
+            }
+            codes[token_place<OUTLIERS>(token, index / 16) + index % 16] = static_cast<unsigned char>(-code);
+            constexpr int SPAN = Tile::WARP_TOKENS;
+            values[index * Tile::TOKENS + token / SPAN * SPAN + token % 8 * (SPAN / 8) + token % SPAN / 8] = value;
+        }
+#pragma unroll AT_ONCE
+        for (int i = threadIdx.x; i < count * Tile::ROWS; i += Tile::THREADS) {
+            const int index = i / Tile::ROWS, row = i % Tile::ROWS, col = list[index];
+            const int8_t code = first_row + row < rows ? weight[static_cast<size_t>(first_row + row) * cols + col] : 0;
+            codes[Tile::TOKENS * OUTLIERS + row_place<OUTLIERS>(row, index / 16) + index % 16] = static_cast<unsigned char>(code);
+            weights[index * Tile::ROWS + row] = code;
+        }
+        __syncthreads();
+    }
+};
+
+/// x * w + sum with two roundings, as on the CPU. A 16-bit value times a code is exact in f32.
+__device__ __forceinline__ float add_product(float sum, float x, float w, float) { return __fadd_rn(sum, __fmul_rn(x, w)); }
+template <class T>
+__device__ __forceinline__ float add_product(float sum, float x, float w, T) {
+    return fmaf(x, w, sum);
+}
+
+/// `activated` of all, with one question for what it is.
+__device__ __forceinline__ void activate(float (&values)[4][8], int activation) {
+    if (activation == RELU) {
+        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], RELU);
+    } else if (activation == GELU) {
+        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], GELU);
+    } else if (activation == GELU_ERF) {
+        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], GELU_ERF);
+    }
+}
+
+/// out (tokens, rows, out_width apart) from codes (tokens, cols), their scales (tokens), outlier bits
+/// (sequences, words) or null, x (tokens, cols), weight (rows, cols), its scales (rows), a bias (rows) or null,
+/// and a residual that lies as `out` does, or null.
+template <class Tile, class T>
+__device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits,
+                                            const T* x, const int8_t* weight, const float* weight_scales, const void* bias,
+                                            int bias_dtype, const T* residual, T* out, int tokens, int rows, int cols,
+                                            int out_width, int tokens_per_sequence, int activation) {
+    DYNAMIC_SHARED(shared);
+    int* list = reinterpret_cast<int*>(shared + Tile::STAGES * Tile::STAGE_BYTES);
+
+    // Blocks in order go down the tokens of a group, then on to the next rows.
+    const int token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS, row_tiles = (rows + Tile::ROWS - 1) / Tile::ROWS;
+    const int group = blockIdx.x / (GROUP * row_tiles), in_group = blockIdx.x % (GROUP * row_tiles);
+    const int height = min(token_tiles - group * GROUP, GROUP);
+    const int first_token = (group * GROUP + in_group % height) * Tile::TOKENS, first_row = in_group / height * Tile::ROWS;
+
+    const int warp = threadIdx.x / WARP;
+    const int warp_token = warp / (Tile::ROWS / Tile::WARP_ROWS) * Tile::WARP_TOKENS;
+    const int warp_row = warp % (Tile::ROWS / Tile::WARP_ROWS) * Tile::WARP_ROWS;
+
+    Copier<Tile, Tile::TOKENS, false> token_copier(codes, first_token, tokens, cols);
+    Copier<Tile, Tile::ROWS, true> row_copier(weight, first_row, rows, cols);
+    // From this thread's first column of the next stage on.
+    int cols_left = cols - static_cast<int>(threadIdx.x) % (Tile::COLS / 16) * 16;
+    unsigned char* next_stage = shared;
+    const auto copy_next = [&] {
+        if (cols % 16 == 0) {
+            token_copier.copy(next_stage, cols_left, cols);
+            row_copier.copy(next_stage + Tile::TOKENS * Tile::COLS, cols_left, cols);
+        } else {
+            token_copier.copy_bytes(next_stage, cols_left, cols);
+            row_copier.copy_bytes(next_stage + Tile::TOKENS * Tile::COLS, cols_left, cols);
+        }
+        commit_copies();
+        token_copier.source += Tile::COLS;
+        row_copier.source += Tile::COLS;
+        cols_left -= Tile::COLS;
+        next_stage += Tile::STAGE_BYTES;
+        next_stage = next_stage == shared + Tile::STAGES * Tile::STAGE_BYTES ? shared : next_stage;
+    };
+    UNROLL for (int i = 0; i < Tile::STAGES - 1; ++i) copy_next();
+
+    // What the outputs will take is asked for while the first copies are under way.
+    const int own = threadIdx.x;
+    const bool has_row = own < Tile::ROWS && first_row + own < rows, has_token = own < Tile::TOKENS && first_token + own < tokens;
+    const float weight_scale = has_row ? weight_scales[first_row + own] : 0.f;
+    const float bias_value = has_row && bias ? vector_value(bias, bias_dtype, first_row + own) : 0.f;
+    const float x_scale = has_token ? x_scales[first_token + own] : 0.f;
+    const int words = (cols + 31) / 32, first_sequence = first_token / tokens_per_sequence;
+    const int sequences = (min(first_token + Tile::TOKENS, tokens) - 1) / tokens_per_sequence - first_sequence + 1;
+    const unsigned* tile_bits = outlier_bits + static_cast<size_t>(first_sequence) * words;
+    const int outliers = outlier_bits ? collect_outliers<Tile>(list, tile_bits, sequences, words, 0) : 0;
+
+    Sums<Tile> sums = {};
+    {
+        const Reader<Tile, Tile::COLS> reader(warp_token, warp_row);
+        constexpr int STEPS = Tile::COLS / 32;
+        static_assert(STEPS % 2 == 0, "a stage begins with the first fragments");
+        Fragments<Tile> fragments[2];
+        wait_for_copies<Tile::STAGES - 2>();
+        __syncthreads();
+        const unsigned char* stage = shared;
+        reader.read(fragments[0], stage, 0);
+        // Fragments are read one step ahead. Those after the last stage are whatever is there; nobody takes them.
+#pragma unroll 1
+        for (int left = cols; left > 0; left -= Tile::COLS) {
+            UNROLL for (int step = 0; step < STEPS; ++step) {
+                if (step + 1 == STEPS) {
+                    // The next stage is there, and everybody has read this one to its end.
+                    wait_for_copies<Tile::STAGES - 2>();
+                    __syncthreads();
+                    stage += Tile::STAGE_BYTES;
+                    stage = stage == shared + Tile::STAGES * Tile::STAGE_BYTES ? shared : stage;
+                }
+                reader.read(fragments[(step + 1) % 2], stage, (step + 1) % STEPS);
+                if (step == 0) copy_next();
+                multiply<Tile>(sums, fragments[step % 2]);
+            }
+        }
+        wait_for_copies<0>();
+        __syncthreads();
+    }
+
+    Epilogue<Tile> epilogue(shared);
+    if (own < Tile::ROWS) {
+        epilogue.weight_scales[own] = weight_scale;
+        epilogue.biases[own] = bias_value;
+    }
+    if (own < Tile::TOKENS) epilogue.x_scales[own] = x_scale;
+    // The codes that small values have in outlier columns go out of the sums again.
+#pragma unroll 1
+    for (int first = 0; first < outliers; first += OUTLIERS) {
+        if (first > 0) {
+            __syncthreads();
+            collect_outliers<Tile>(list, tile_bits, sequences, words, first);
+        }
+        epilogue.template load_outliers<4>(list, min(outliers - first, OUTLIERS), outlier_bits, x, codes, weight, first_token, first_row,
+                               tokens, rows, cols, tokens_per_sequence);
+        Fragments<Tile> fragments;
+        const Reader<Tile, OUTLIERS> reader(warp_token, warp_row);
+        reader.read(fragments, epilogue.codes, 0);
+        multiply<Tile>(sums, fragments);
+    }
+    if (outliers == 0) __syncthreads();
+
+    const int group_of_lane = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
+    const bool is_aligned = out_width * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+                            reinterpret_cast<uintptr_t>(residual) % 16 == 0;
+#pragma unroll 1
+    for (int slice = 0; slice < Tile::SLICES; ++slice) {
+        // Of the tile: the first of the lane's 4 tokens, 8 apart, and of its 8 rows.
+        const int token_part = slice / Tile::ROW_SLICES;
+        const int token = warp_token + 32 * token_part + group_of_lane;
+        const int row = warp_row + slice % Tile::ROW_SLICES * 32 + 8 * member;
+        float values[4][8] = {};
+#pragma unroll 1
+        for (int first = 0; first < outliers; first += OUTLIERS) {
+            const int count = min(outliers - first, OUTLIERS);
+            // Else they are there.
+            if (outliers > OUTLIERS) {
+                __syncthreads();
+                collect_outliers<Tile>(list, tile_bits, sequences, words, first);
+                epilogue.template load_outliers<1>(list, count, outlier_bits, x, codes, weight, first_token, first_row, tokens, rows,
+                                       cols, tokens_per_sequence);
+            }
+            const float* lane_values = epilogue.values + warp_token + group_of_lane * (Tile::WARP_TOKENS / 8) + 4 * token_part;
+            const float* lane_weights = epilogue.weights + row;
+            for (int index = 0; index < count; ++index) {
+                float four[4], eight[8];
+                UNROLL for (int i = 0; i < 4; ++i) four[i] = lane_values[index * Tile::TOKENS + i];
+                UNROLL for (int i = 0; i < 8; ++i) eight[i] = lane_weights[index * Tile::ROWS + i];
+                UNROLL for (int i = 0; i < 32; ++i) {
+                    values[i / 8][i % 8] = add_product(values[i / 8][i % 8], four[i / 8], eight[i % 8], T{});
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const float scale = epilogue.x_scales[token + 8 * i];
+            UNROLL for (int j = 0; j < 8; ++j) {
+                const float sum = static_cast<float>(sums[0][i / 2][j / 2][i % 2 * 2 + j % 2]);
+                values[i][j] = __fmul_rn(epilogue.weight_scales[row + j], __fadd_rn(__fmul_rn(sum, scale), values[i][j]));
+            }
+        }
+        if (bias) {
+            UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = __fadd_rn(values[i / 8][i % 8], epilogue.biases[row + i % 8]);
+        }
+        activate(values, activation);
+        const int valid_rows = rows - first_row - row;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            if (first_token + token + 8 * i < tokens) {
+                const size_t at = static_cast<size_t>(first_token + token + 8 * i) * out_width + first_row + row;
+                if (is_aligned && valid_rows >= 8) {
+                    if (residual) {
+                        const Eight<T> others = *reinterpret_cast<const Eight<T>*>(residual + at);
+                        UNROLL for (int j = 0; j < 8; ++j) values[i][j] = __fadd_rn(values[i][j], to_float(others.values[j]));
+                    }
+                    Eight<T> rounded;
+                    UNROLL for (int j = 0; j < 8; ++j) rounded.values[j] = from_float<T>(values[i][j]);
+                    *reinterpret_cast<Eight<T>*>(out + at) = rounded;
+                } else {
+                    UNROLL for (int j = 0; j < 8; ++j) {
+                        if (j < valid_rows) {
+                            const float other = residual ? to_float(residual[at + j]) : 0.f;
+                            out[at + j] = from_float<T>(residual ? __fadd_rn(values[i][j], other) : values[i][j]);
+                        }
+                    }
+                }
+            }
+        }
+        // The next slice moves up: registers have no index.
+        UNROLL for (int next = 1; next < Tile::SLICES; ++next) {
+            UNROLL for (int i = 0; i < 32; ++i) sums[next - 1][i / 16][i / 4 % 4][i % 4] = sums[next][i / 16][i / 4 % 4][i % 4];
+        }
+    }
+}
+
+}  // namespace many
+
+#define INT8_MATMUL_MANY(name, Tile, T)                                                                               \
+    extern "C" __global__ void __launch_bounds__(many::Tile::THREADS, many::Tile::BLOCKS)                             \
+        name(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits, const T* x, const int8_t* weight, \
+             const float* weight_scales, const void* bias, int bias_dtype, const T* residual, T* out, int tokens,     \
+             int rows, int cols, int out_width, int tokens_per_sequence, int activation) {                            \
+        many::int8_matmul<many::Tile>(codes, x_scales, outlier_bits, x, weight, weight_scales, bias, bias_dtype,      \
+                                      residual, out, tokens, rows, cols, out_width, tokens_per_sequence, activation); \
+    }
+#define INT8_MATMUL_MANY_TILES(suffix, T)                      \
+    INT8_MATMUL_MANY(int8_matmul_many_##suffix, Large, T)      \
+    INT8_MATMUL_MANY(int8_matmul_many_medium_##suffix, Medium, T) \
+    INT8_MATMUL_MANY(int8_matmul_many_small_##suffix, Small, T)
+FOR_EACH_FLOAT(INT8_MATMUL_MANY_TILES)
