@@ -154,13 +154,12 @@ __device__ __forceinline__ void wait_for_copies();
 /// 16 bytes that are read once: they need not stay in the first cache.
 __device__ __forceinline__ int4 load_streaming(const void* global);
 
-<<<<<<< HEAD
 /// Two floats to f16, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_halves(float low, float high);
 
 /// 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approximate(float x);
-=======
+
 /// Asks for the 32 bytes at an address to be brought to the second cache; nothing waits for them.
 __device__ __forceinline__ void prefetch(const void* global);
 
@@ -170,7 +169,6 @@ __device__ __forceinline__ void wait_for_earlier_kernels();
 
 /// Lets the next kernel start where it was launched so: its blocks come as soon as there is room for them.
 __device__ __forceinline__ void let_next_kernel_start();
->>>>>>> cuda-few
 
 #ifdef LLM8_ON_HOST
 
@@ -283,7 +281,6 @@ inline int4 load_streaming(const void* global) {
     return value;
 }
 
-<<<<<<< HEAD
 inline uint32_t pack_halves(float low, float high) {
     const __half pair[2] = {__float2half_rn(low), __float2half_rn(high)};
     uint32_t bits;
@@ -292,11 +289,10 @@ inline uint32_t pack_halves(float low, float high) {
 }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
-=======
+
 inline void prefetch(const void*) {}
 inline void wait_for_earlier_kernels() {}
 inline void let_next_kernel_start() {}
->>>>>>> cuda-few
 
 #else
 
@@ -379,7 +375,6 @@ __device__ __forceinline__ int4 load_streaming(const void* global) {
     return value;
 }
 
-<<<<<<< HEAD
 __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -389,7 +384,8 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
-=======
+}
+
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 __device__ __forceinline__ void wait_for_earlier_kernels() {
@@ -402,7 +398,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
->>>>>>> cuda-few
 }
 
 #endif

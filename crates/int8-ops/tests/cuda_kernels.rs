@@ -4,12 +4,12 @@
 mod attention;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
-#[path = "cuda/norm.rs"]
-mod norm;
 #[path = "cuda/matmul_few.rs"]
 mod matmul_few;
 #[path = "cuda/matmul_many.rs"]
 mod matmul_many;
+#[path = "cuda/norm.rs"]
+mod norm;
 #[path = "cuda/quantize.rs"]
 mod quantize;
 #[path = "cuda/rows.rs"]

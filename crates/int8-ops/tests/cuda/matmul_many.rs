@@ -16,12 +16,10 @@ struct Tile {
     shared_bytes: usize,
 }
 
-const LARGE: Tile =
-    Tile { kernel: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 };
+const LARGE: Tile = Tile { kernel: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 };
 const MEDIUM: Tile =
     Tile { kernel: "int8_matmul_many_medium", tokens: 128, rows: 128, threads: 128, shared_bytes: 49_408 };
-const SMALL: Tile =
-    Tile { kernel: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 };
+const SMALL: Tile = Tile { kernel: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 };
 
 /// What stands after the product.
 #[derive(Debug, Clone, Copy, PartialEq)]
