@@ -202,7 +202,11 @@ __device__ void attention_prompt(const T* queries, const __half* keys, const __h
 }
 
 /// As many blocks on a multiprocessor as registers allow without spilling.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int prompt_blocks(int width) { return width > 64 ? 2 : width > 32 ? 3 : 4; }
+#else
 constexpr int prompt_blocks(int width) { return width > 80 ? 2 : width > 32 ? 3 : 4; }
+#endif
 
 #define ATTENTION_PROMPT_OF(width, suffix, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(PROMPT_THREADS, prompt_blocks(width))                                \

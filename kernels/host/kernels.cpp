@@ -5,13 +5,13 @@
 #include "../attention_cache.cu"
 #include "../attention_prompt.cu"
 #include "../attention_step.cu"
+#include "../dequantize_rows.cu"
 #include "../elementwise.cu"
-#include "../layer_norm.cu"
 #include "../int8_matmul_few.cu"
 #include "../int8_matmul_many.cu"
+#include "../layer_norm.cu"
 #include "../quantize.cu"
 #include "../quantize_weight.cu"
-#include "../rows.cu"
 
 #include <string>
 #include <unordered_map>
@@ -46,9 +46,6 @@ const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
     ENTRIES(activate)
     ENTRIES(add)
     ENTRIES(dequantize_rows)
-    ENTRIES(gather_rows_f32)
-    ENTRIES(gather_rows_f16)
-    ENTRIES(gather_rows_bf16)
     ENTRIES(layer_norm)
     ENTRIES(layer_norm_quantize)
     ENTRIES(int8_matmul_few)

@@ -43,7 +43,7 @@ pub(crate) fn dequantize_rows(
     let width = codes.dim(1)?;
     let uploaded = Tensor::from_slice(ids, ids.len(), &Device::Cuda(device.clone()))?;
     let out = uninitialized(device, dtype, ids.len() * width)?;
-    let launch = Launch::new(device, "rows", format!("dequantize_rows_{}", suffix(dtype)?))
+    let launch = Launch::new(device, "dequantize_rows", format!("dequantize_rows_{}", suffix(dtype)?))
         .pointer(address_of(device, codes)?)
         .pointer(address_of(device, scales)?)
         .pointer(address_of(device, &uploaded)?)

@@ -1,12 +1,12 @@
 use candle_core::Tensor;
 use half::{bf16, f16};
-use int8_ops::{add, gelu, gelu_erf, relu};
+use int8_ops::{Activation, add};
 use proptest::prelude::*;
 
 use super::support::{Float, assert_close, floats, launch, tensor};
 
 /// The kernels' numbers of activations are these places, and one.
-const ACTIVATIONS: [fn(Tensor) -> candle_core::Result<Tensor>; 3] = [relu, gelu, gelu_erf];
+const ACTIVATIONS: [Activation; 3] = [Activation::Relu, Activation::Gelu, Activation::GeluErf];
 
 fn check<T: Float>(values: &[f32], offset: usize, blocks: usize, seed: u32) -> candle_core::Result<()> {
     let x: Vec<T> = floats(values);
@@ -26,7 +26,7 @@ fn check<T: Float>(values: &[f32], offset: usize, blocks: usize, seed: u32) -> c
         let mut found = x.clone();
         let args = [(&mut found[offset..]).into(), (index + 1).into(), (count as i64).into()];
         launch(&format!("activate_{}", T::SUFFIX), [blocks, 1, 1], 256, 0, seed, &args);
-        assert_close(&found[offset..], &activation(on_cpu(&x)?)?.to_vec1::<f32>()?, 1e-5, 4e-6);
+        assert_close(&found[offset..], &activation.forward(on_cpu(&x)?)?.to_vec1::<f32>()?, 1e-5, 4e-6);
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use half::{bf16, f16};
-use int8_ops::{Int8Matrix, LayerNorm, add, gelu, gelu_erf, int8_matmul, relu};
+use int8_ops::{Activation, Int8Matrix, LayerNorm, add, int8_matmul};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
@@ -225,9 +225,9 @@ impl Case {
         let bias = bias.map(|bias| bias.tensor()).transpose()?;
         let mut wanted = int8_matmul(&x, &weight, bias.as_ref(), self.threshold)?.reshape((tokens, rows))?;
         wanted = match self.activation {
-            1 => relu(wanted)?,
-            2 => gelu(wanted)?,
-            3 => gelu_erf(wanted)?,
+            1 => Activation::Relu.forward(wanted)?,
+            2 => Activation::Gelu.forward(wanted)?,
+            3 => Activation::GeluErf.forward(wanted)?,
             _ => wanted,
         };
         if self.residual {
