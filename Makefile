@@ -1,14 +1,19 @@
 # `make check` is what CI runs.
-.PHONY: check test nightly bench golden
+.PHONY: check test kernels nightly bench golden
 
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --document-private-items --locked
 	cargo test --workspace --locked
+	$(MAKE) --no-print-directory kernels
 
 test:
 	cargo test --workspace
+
+# The CUDA kernels, by NVIDIA's compiler, which it fetches; see kernels/README.md.
+kernels:
+	kernels/build.sh
 
 # Peak memory and load time of a model of 2.6 GB; takes 8 GB of disk meanwhile.
 nightly:

@@ -40,7 +40,9 @@ __device__ void activate(T* x, int activation, long long count) {
         UNROLL for (int i = 0; i < PIECE<T>; ++i) values[i] = activated(piece[i], activation);
         Piece<T>::of(values).template store<true>(x + index, PIECE<T>);
     };
-    const auto activate_value = [=](size_t index) { x[index] = from_float<T>(activated(to_float(x[index]), activation)); };
+    const auto activate_value = [=](size_t index) {
+        x[index] = from_float<T>(activated(to_float(x[index]), activation));
+    };
     for_each_value<T>(count, is_aligned(x), activate_piece, activate_value);
 }
 
@@ -48,7 +50,8 @@ __device__ void activate(T* x, int activation, long long count) {
     extern "C" __global__ void __launch_bounds__(ROW_THREADS) add_##suffix(T* x, const T* other, long long count) {   \
         add(x, other, count);                                                                                         \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS) activate_##suffix(T* x, int activation, long long count) { \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
+        activate_##suffix(T* x, int activation, long long count) {                                                    \
         activate(x, activation, count);                                                                               \
     }
 FOR_EACH_FLOAT(ELEMENTWISE)

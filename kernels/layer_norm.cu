@@ -43,7 +43,8 @@ __device__ __forceinline__ void normalise(Row<T, WHOLE>& row, const NormVectors&
 
 template <class T>
 __device__ __forceinline__ bool are_whole(const T* x, const NormVectors& vectors, const T* out, int cols) {
-    return is_aligned(x) && is_aligned(vectors.weight) && is_aligned(vectors.bias) && is_aligned(out) && cols % PIECE<T> == 0;
+    return is_aligned(x) && is_aligned(vectors.weight) && is_aligned(vectors.bias) && is_aligned(out) &&
+           cols % PIECE<T> == 0;
 }
 
 /// x (rows, width) to out (rows, width).
@@ -67,8 +68,9 @@ __device__ void layer_norm(const T* x, const NormVectors& vectors, float eps, T*
 ///
 /// grid (tokens), block 256.
 template <class T>
-__device__ void layer_norm_quantize(const T* x, const NormVectors& vectors, float eps, T* normed, int8_t* codes, float* scales,
-                                    unsigned* outlier_bits, int cols, int tokens_per_sequence, float threshold) {
+__device__ void layer_norm_quantize(const T* x, const NormVectors& vectors, float eps, T* normed, int8_t* codes,
+                                    float* scales, unsigned* outlier_bits, int cols, int tokens_per_sequence,
+                                    float threshold) {
     const size_t token = blockIdx.x;
     if (threshold > 0.f) outlier_bits += token / tokens_per_sequence * ((cols + 31) / 32);
     x += token * cols;
@@ -86,17 +88,17 @@ __device__ void layer_norm_quantize(const T* x, const NormVectors& vectors, floa
 }
 
 // Four blocks at a time on a multiprocessor: left to itself, the compiler spills for a fifth.
-#define LAYER_NORM(suffix, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                            \
-        layer_norm_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias, int bias_dtype,          \
-                            float eps, T* out, int width) {                                                              \
-        layer_norm(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, out, width);                             \
-    }                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                            \
-        layer_norm_quantize_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias, int bias_dtype, \
-                                     float eps, T* normed, int8_t* codes, float* scales, unsigned* outlier_bits,         \
-                                     int cols, int tokens_per_sequence, float threshold) {                               \
-        layer_norm_quantize(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, normed, codes, scales,          \
-                            outlier_bits, cols, tokens_per_sequence, threshold);                                         \
+#define LAYER_NORM(suffix, T)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
+        layer_norm_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias, int bias_dtype,       \
+                            float eps, T* out, int width) {                                                           \
+        layer_norm(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, out, width);                          \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
+        layer_norm_quantize_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias,              \
+                                     int bias_dtype, float eps, T* normed, int8_t* codes, float* scales,              \
+                                     unsigned* outlier_bits, int cols, int tokens_per_sequence, float threshold) {    \
+        layer_norm_quantize(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, normed, codes, scales,       \
+                            outlier_bits, cols, tokens_per_sequence, threshold);                                      \
     }
 FOR_EACH_FLOAT(LAYER_NORM)

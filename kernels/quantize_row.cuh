@@ -29,8 +29,8 @@ struct Quantizer {
 ///
 /// With WHOLE the codes too lie where as many of them as a piece has values can be stored at once.
 template <class T, bool WHOLE>
-__device__ __forceinline__ unsigned quantize_row(Row<T, WHOLE>& row, int8_t* codes, float* scale, unsigned* outlier_bits,
-                                                 float threshold) {
+__device__ __forceinline__ unsigned quantize_row(Row<T, WHOLE>& row, int8_t* codes, float* scale,
+                                                 unsigned* outlier_bits, float threshold) {
     const unsigned limit = threshold > 0.f ? __float_as_uint(threshold) : 0xffffffffu;
     unsigned absmax_bits = 0;
     row.each([&](const Piece<T>& piece, int col, int there) {

@@ -103,7 +103,8 @@ __device__ __forceinline__ void read_floats(float (&out)[COUNT], const U* values
     UNROLL for (int i = 0; i < COUNT; ++i) out[i] = packed[i];
 }
 
-/// The same of a bias, or of a norm's vector, from `index` on; see `vector_value` for the dtype. `absent` if it is null.
+/// The same of a bias, or of a norm's vector, from `index` on; see `vector_value` for the dtype. `absent` where it is
+/// null.
 template <bool WHOLE, int COUNT>
 __device__ __forceinline__ void read_vector(float (&out)[COUNT], const void* values, int dtype, int index, int there,
                                             float absent) {
