@@ -16,12 +16,10 @@ struct Tile {
     shared_bytes: usize,
 }
 
-const LARGE: Tile =
-    Tile { kernel: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 };
+const LARGE: Tile = Tile { kernel: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 };
 const MEDIUM: Tile =
     Tile { kernel: "int8_matmul_many_medium", tokens: 128, rows: 128, threads: 128, shared_bytes: 49_408 };
-const SMALL: Tile =
-    Tile { kernel: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 };
+const SMALL: Tile = Tile { kernel: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 };
 
 /// What stands after the product.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -304,7 +302,8 @@ proptest! {
         (before, behind, outliers, seed) in (0..9usize, 0..9usize, 0..40usize, any::<u32>()),
         (bias, residual) in (prop::option::of(0..3i32), any::<bool>()),
     ) {
-        let case = Case { sequences, tokens, rows, cols, others: (before, behind), outliers, bias, residual, seed, ..PLAIN };
+        let others = (before, behind);
+        let case = Case { sequences, tokens, rows, cols, others, outliers, bias, residual, seed, ..PLAIN };
         let checked = match seed % 3 {
             0 => check::<f32>(SMALL, case),
             1 => check::<f16>(SMALL, case),
