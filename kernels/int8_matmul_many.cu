@@ -24,8 +24,8 @@
 // for as many (128, 128): 132 multiprocessors ask for 4000 or 5300 bytes a cycle, which is why the wide tile
 // comes first. `mma_s8` itself reaches about 60 % of the peak that only 9.0a's wgmma has. Registers: 128 for
 // the sums, 64 for two sets of fragments; at most 255 and none spilled, two warps for each scheduler. Up to 32
-// outlier columns cost a tile half a stage for the exact part, and each of them about 300 instructions of a warp
-// for the part in float: at 4096 columns, ten of them some 6 % of a tile's time. None of this is measured.
+// outlier columns cost a tile half a stage for the exact part, and each of them 160 instructions of a warp (290 with
+// f32) for the part in float: at 4096 columns, ten of them some 6 % of a tile's time. None of this is measured.
 
 #include "device_prims.cuh"
 
