@@ -23,7 +23,9 @@
 // 9.0, 69 % and 75 % on 8.0. The second cache gives 384 bytes for 2^15 products of codes (tile 128, 256) or 512
 // for as many (128, 128): 132 multiprocessors ask for 4000 or 5300 bytes a cycle, which is why the wide tile
 // comes first. `mma_s8` itself reaches about 60 % of the peak that only 9.0a's wgmma has. Registers: 128 for
-// the sums, 64 for two sets of fragments; two warps for each scheduler.
+// the sums, 64 for two sets of fragments; at most 255 and none spilled, two warps for each scheduler. Up to 32
+// outlier columns cost a tile half a stage for the exact part, and each of them 160 instructions of a warp (290 with
+// f32) for the part in float: at 4096 columns, ten of them some 6 % of a tile's time. None of this is measured.
 
 #include "device_prims.cuh"
 
@@ -38,7 +40,8 @@ constexpr int GROUP = 16;
 constexpr int LIST_BYTES = 256;
 
 /// What a block makes, and how.
-template <int TILE_TOKENS, int TILE_ROWS, int STAGE_COLS, int STAGE_COUNT, int TOKENS_OF_WARP, int ROWS_OF_WARP, int MIN_BLOCKS>
+template <int TILE_TOKENS, int TILE_ROWS, int STAGE_COLS, int STAGE_COUNT, int TOKENS_OF_WARP, int ROWS_OF_WARP,
+          int MIN_BLOCKS>
 struct Tiling {
     static constexpr int TOKENS = TILE_TOKENS, ROWS = TILE_ROWS;
     /// Columns of a stage.
@@ -194,7 +197,8 @@ __device__ int collect_outliers(int* list, const unsigned* bits, int sequences, 
         const int index = start + threadIdx.x;
         unsigned word = 0;
         if (index < words) {
-            for (int sequence = 0; sequence < sequences; ++sequence) word |= bits[static_cast<size_t>(sequence) * words + index];
+            const unsigned* words_here = bits + index;
+            for (int sequence = 0; sequence < sequences; ++sequence, words_here += words) word |= *words_here;
         }
         // The sum of this lane and those before it.
         int sum = __popc(word);
@@ -247,9 +251,10 @@ struct Epilogue {
     /// column is not an outlier of the token's sequence: they change no sum.
     template <int AT_ONCE, class T>
     __device__ __forceinline__ void load_outliers(const int* list, int count, const unsigned* bits, const T* x,
-                                                  const int8_t* x_codes, const int8_t* weight, int first_token, int first_row,
-                                                  int tokens, int rows, int cols, int tokens_per_sequence) {
-        // A column of zeros of the tokens is enough for none: whatever the weight has there is multiplied by 0.
+                                                  const int8_t* x_codes, const int8_t* weight, int first_token,
+                                                  int first_row, int tokens, int rows, int cols,
+                                                  int tokens_per_sequence) {
+        // Where there are fewer columns the tokens have zeros; whatever the weight has there is multiplied by them.
         for (int i = threadIdx.x; i < Tile::TOKENS * OUTLIERS / 16; i += Tile::THREADS) {
             reinterpret_cast<int4*>(codes)[i] = {0, 0, 0, 0};
         }
@@ -275,7 +280,8 @@ struct Epilogue {
         for (int i = threadIdx.x; i < count * Tile::ROWS; i += Tile::THREADS) {
             const int index = i / Tile::ROWS, row = i % Tile::ROWS, col = list[index];
             const int8_t code = first_row + row < rows ? weight[static_cast<size_t>(first_row + row) * cols + col] : 0;
-            codes[Tile::TOKENS * OUTLIERS + row_place<OUTLIERS>(row, index / 16) + index % 16] = static_cast<unsigned char>(code);
+            unsigned char* weight_codes = codes + Tile::TOKENS * OUTLIERS;
+            weight_codes[row_place<OUTLIERS>(row, index / 16) + index % 16] = static_cast<unsigned char>(code);
             weights[index * Tile::ROWS + row] = code;
         }
         __syncthreads();
@@ -283,7 +289,9 @@ struct Epilogue {
 };
 
 /// x * w + sum with two roundings, as on the CPU. A 16-bit value times a code is exact in f32.
-__device__ __forceinline__ float add_product(float sum, float x, float w, float) { return __fadd_rn(sum, __fmul_rn(x, w)); }
+__device__ __forceinline__ float add_product(float sum, float x, float w, float) {
+    return __fadd_rn(sum, __fmul_rn(x, w));
+}
 template <class T>
 __device__ __forceinline__ float add_product(float sum, float x, float w, T) {
     return fmaf(x, w, sum);
@@ -305,17 +313,20 @@ __device__ __forceinline__ void activate(float (&values)[4][8], int activation) 
 /// and a residual that lies as `out` does, or null.
 template <class Tile, class T>
 __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits,
-                                            const T* x, const int8_t* weight, const float* weight_scales, const void* bias,
-                                            int bias_dtype, const T* residual, T* out, int tokens, int rows, int cols,
-                                            int out_width, int tokens_per_sequence, int activation) {
+                                            const T* x, const int8_t* weight, const float* weight_scales,
+                                            const void* bias, int bias_dtype, const T* residual, T* out, int tokens,
+                                            int rows, int cols, int out_width, int tokens_per_sequence,
+                                            int activation) {
     DYNAMIC_SHARED(shared);
     int* list = reinterpret_cast<int*>(shared + Tile::STAGES * Tile::STAGE_BYTES);
 
     // Blocks in order go down the tokens of a group, then on to the next rows.
-    const int token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS, row_tiles = (rows + Tile::ROWS - 1) / Tile::ROWS;
+    const int token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS;
+    const int row_tiles = (rows + Tile::ROWS - 1) / Tile::ROWS;
     const int group = blockIdx.x / (GROUP * row_tiles), in_group = blockIdx.x % (GROUP * row_tiles);
     const int height = min(token_tiles - group * GROUP, GROUP);
-    const int first_token = (group * GROUP + in_group % height) * Tile::TOKENS, first_row = in_group / height * Tile::ROWS;
+    const int first_token = (group * GROUP + in_group % height) * Tile::TOKENS;
+    const int first_row = in_group / height * Tile::ROWS;
 
     const int warp = threadIdx.x / WARP;
     const int warp_token = warp / (Tile::ROWS / Tile::WARP_ROWS) * Tile::WARP_TOKENS;
@@ -345,7 +356,8 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
 
     // What the outputs will take is asked for while the first copies are under way.
     const int own = threadIdx.x;
-    const bool has_row = own < Tile::ROWS && first_row + own < rows, has_token = own < Tile::TOKENS && first_token + own < tokens;
+    const bool has_row = own < Tile::ROWS && first_row + own < rows;
+    const bool has_token = own < Tile::TOKENS && first_token + own < tokens;
     const float weight_scale = has_row ? weight_scales[first_row + own] : 0.f;
     const float bias_value = has_row && bias ? vector_value(bias, bias_dtype, first_row + own) : 0.f;
     const float x_scale = has_token ? x_scales[first_token + own] : 0.f;
@@ -397,8 +409,9 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
             __syncthreads();
             collect_outliers<Tile>(list, tile_bits, sequences, words, first);
         }
-        epilogue.template load_outliers<4>(list, min(outliers - first, OUTLIERS), outlier_bits, x, codes, weight, first_token, first_row,
-                               tokens, rows, cols, tokens_per_sequence);
+        const int count = min(outliers - first, OUTLIERS);
+        epilogue.template load_outliers<4>(list, count, outlier_bits, x, codes, weight, first_token, first_row, tokens,
+                                           rows, cols, tokens_per_sequence);
         Fragments<Tile> fragments;
         const Reader<Tile, OUTLIERS> reader(warp_token, warp_row);
         reader.read(fragments, epilogue.codes, 0);
@@ -423,10 +436,11 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
             if (outliers > OUTLIERS) {
                 __syncthreads();
                 collect_outliers<Tile>(list, tile_bits, sequences, words, first);
-                epilogue.template load_outliers<1>(list, count, outlier_bits, x, codes, weight, first_token, first_row, tokens, rows,
-                                       cols, tokens_per_sequence);
+                epilogue.template load_outliers<1>(list, count, outlier_bits, x, codes, weight, first_token, first_row,
+                                                   tokens, rows, cols, tokens_per_sequence);
             }
-            const float* lane_values = epilogue.values + warp_token + group_of_lane * (Tile::WARP_TOKENS / 8) + 4 * token_part;
+            const float* lane_values =
+                epilogue.values + warp_token + group_of_lane * (Tile::WARP_TOKENS / 8) + 4 * token_part;
             const float* lane_weights = epilogue.weights + row;
             for (int index = 0; index < count; ++index) {
                 float four[4], eight[8];
@@ -441,11 +455,14 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
             const float scale = epilogue.x_scales[token + 8 * i];
             UNROLL for (int j = 0; j < 8; ++j) {
                 const float sum = static_cast<float>(sums[0][i / 2][j / 2][i % 2 * 2 + j % 2]);
-                values[i][j] = __fmul_rn(epilogue.weight_scales[row + j], __fadd_rn(__fmul_rn(sum, scale), values[i][j]));
+                const float scaled = __fadd_rn(__fmul_rn(sum, scale), values[i][j]);
+                values[i][j] = __fmul_rn(epilogue.weight_scales[row + j], scaled);
             }
         }
         if (bias) {
-            UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = __fadd_rn(values[i / 8][i % 8], epilogue.biases[row + i % 8]);
+            UNROLL for (int i = 0; i < 32; ++i) {
+                values[i / 8][i % 8] = __fadd_rn(values[i / 8][i % 8], epilogue.biases[row + i % 8]);
+            }
         }
         activate(values, activation);
         const int valid_rows = rows - first_row - row;
@@ -455,7 +472,9 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
                 if (is_aligned && valid_rows >= 8) {
                     if (residual) {
                         const Eight<T> others = *reinterpret_cast<const Eight<T>*>(residual + at);
-                        UNROLL for (int j = 0; j < 8; ++j) values[i][j] = __fadd_rn(values[i][j], to_float(others.values[j]));
+                        UNROLL for (int j = 0; j < 8; ++j) {
+                            values[i][j] = __fadd_rn(values[i][j], to_float(others.values[j]));
+                        }
                     }
                     Eight<T> rounded;
                     UNROLL for (int j = 0; j < 8; ++j) rounded.values[j] = from_float<T>(values[i][j]);
@@ -472,7 +491,9 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
         }
         // The next slice moves up: registers have no index.
         UNROLL for (int next = 1; next < Tile::SLICES; ++next) {
-            UNROLL for (int i = 0; i < 32; ++i) sums[next - 1][i / 16][i / 4 % 4][i % 4] = sums[next][i / 16][i / 4 % 4][i % 4];
+            UNROLL for (int i = 0; i < 32; ++i) {
+                sums[next - 1][i / 16][i / 4 % 4][i % 4] = sums[next][i / 16][i / 4 % 4][i % 4];
+            }
         }
     }
 }
@@ -481,14 +502,14 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
 
 #define INT8_MATMUL_MANY(name, Tile, T)                                                                               \
     extern "C" __global__ void __launch_bounds__(many::Tile::THREADS, many::Tile::BLOCKS)                             \
-        name(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits, const T* x, const int8_t* weight, \
-             const float* weight_scales, const void* bias, int bias_dtype, const T* residual, T* out, int tokens,     \
-             int rows, int cols, int out_width, int tokens_per_sequence, int activation) {                            \
+        name(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits, const T* x,                    \
+             const int8_t* weight, const float* weight_scales, const void* bias, int bias_dtype, const T* residual,   \
+             T* out, int tokens, int rows, int cols, int out_width, int tokens_per_sequence, int activation) {        \
         many::int8_matmul<many::Tile>(codes, x_scales, outlier_bits, x, weight, weight_scales, bias, bias_dtype,      \
                                       residual, out, tokens, rows, cols, out_width, tokens_per_sequence, activation); \
     }
-#define INT8_MATMUL_MANY_TILES(suffix, T)                      \
-    INT8_MATMUL_MANY(int8_matmul_many_##suffix, Large, T)      \
+#define INT8_MATMUL_MANY_TILES(suffix, T)                         \
+    INT8_MATMUL_MANY(int8_matmul_many_##suffix, Large, T)         \
     INT8_MATMUL_MANY(int8_matmul_many_medium_##suffix, Medium, T) \
     INT8_MATMUL_MANY(int8_matmul_many_small_##suffix, Small, T)
 FOR_EACH_FLOAT(INT8_MATMUL_MANY_TILES)

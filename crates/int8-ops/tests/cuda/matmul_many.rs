@@ -291,7 +291,8 @@ proptest! {
         (before, behind, outliers, seed) in (0..9usize, 0..9usize, 0..40usize, any::<u32>()),
         (bias, residual) in (prop::option::of(0..3i32), any::<bool>()),
     ) {
-        let case = Case { sequences, tokens, rows, cols, others: (before, behind), outliers, bias, residual, seed, ..PLAIN };
+        let others = (before, behind);
+        let case = Case { sequences, tokens, rows, cols, others, outliers, bias, residual, seed, ..PLAIN };
         let checked = match seed % 3 {
             0 => check::<f32>(SMALL, case),
             1 => check::<f16>(SMALL, case),
