@@ -1,12 +1,12 @@
 // Steps 2 to 6 of LLM.int8() for few tokens, as in decode: as fast as the weight comes from memory.
 //
 // The reckoning, for an H100: 3.35 TB/s times a latency of 0.7 to 1 us are 2.3 to 3.4 MB that must be under way at
-// any time, 18 to 26 KB a multiprocessor. One block of 32 warps a multiprocessor, eight loads of 16 bytes a lane,
-// has 128 KB under way (four loads from three tokens on: 64 KB; 16 warps of the variant with codes: 32 to 64 KB).
+// any time, 18 to 26 KB a multiprocessor. One block of 32 warps a multiprocessor, six loads of 16 bytes a lane, has
+// 96 KB under way (four loads from two tokens on: 64 KB; the 16 warps of the variant with codes have 32 to 64 KB).
 // A block is alone on its multiprocessor and quantises x once for it; before that it asks for the first 128 bytes a
-// thread of its rows, so that the memory works meanwhile: for a weight (4096, 4096) these are all there are. A load
-// of 16 bytes a lane takes a multiprocessor's share of the memory about 35 cycles; x from shared memory takes 4 of
-// them a token (2 where two rows share it), and so do the dot products.
+// thread of its rows, so that the memory works meanwhile: of a weight (4096, 4096) these are all there are. The
+// memory takes about 35 cycles for a multiprocessor's share of one load by a warp; x from shared memory takes 4 of
+// them a token, or 2 where two rows share it, and the dot products take 2 a token.
 //
 // Launch: grid (min(rows, multiprocessors)), any other is right too: a block has the rows from rows * block / grid
 // on. Where a block has fewer rows than warps, several warps share the columns of a row.
@@ -150,9 +150,10 @@ struct Normed {
     /// Of the token that this warp quantises.
     float mean, inverse;
 
-    __device__ Normed(const T* x, int cols, const void* weight, int weight_dtype, const void* bias, int bias_dtype, float eps)
-        : plain(x, cols), weight(weight), weight_dtype(weight_dtype), bias(bias), bias_dtype(bias_dtype), eps(eps), mean(0.f),
-          inverse(0.f) {}
+    __device__ Normed(const T* x, int cols, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
+                      float eps)
+        : plain(x, cols), weight(weight), weight_dtype(weight_dtype), bias(bias), bias_dtype(bias_dtype), eps(eps),
+          mean(0.f), inverse(0.f) {}
 
     /// The sum over a token's values of `term`. `sums` has a place for every 128 columns: they are added in one
     /// order however many warps a token has, so that what else is in a batch does not change it.
@@ -205,24 +206,26 @@ struct Normed {
         const Quad x = plain.quad(token, col), weights = load_vector_quad(weight, weight_dtype, col, cols);
         Quad biases = {};
         if (bias) biases = load_vector_quad(bias, bias_dtype, col, cols);
-        Quad quad;
+        Quad quad = {};
         UNROLL for (int i = 0; i < 4; ++i) {
-            quad.values[i] = col + i < cols ? normed(x.values[i], mean, inverse, weights.values[i], biases.values[i]) : 0.f;
+            if (col + i >= cols) continue;
+            quad.values[i] = normed(x.values[i], mean, inverse, weights.values[i], biases.values[i]);
         }
         return quad;
     }
 
     template <class K>
     __device__ __forceinline__ float value(const K& kept, int token, int col) const {
-        return normed(plain.value(kept, token, col), kept.means[token], kept.inverses[token], vector_value(weight, weight_dtype, col),
-                      bias ? vector_value(bias, bias_dtype, col) : 0.f);
+        const float own_weight = vector_value(weight, weight_dtype, col);
+        const float own_bias = bias ? vector_value(bias, bias_dtype, col) : 0.f;
+        return normed(plain.value(kept, token, col), kept.means[token], kept.inverses[token], own_weight, own_bias);
     }
 };
 
 /// Lists the outlier columns of bits (sequences, words), and what tokens have there; for one warp.
 template <class K, class Value, class Code>
-__device__ __forceinline__ void list_outliers(K& kept, const unsigned* bits, int words, int tokens, int tokens_per_sequence,
-                                              Value value, Code code) {
+__device__ __forceinline__ void list_outliers(K& kept, const unsigned* bits, int words, int tokens,
+                                              int tokens_per_sequence, Value value, Code code) {
     const int lane = threadIdx.x % WARP, sequences = (tokens + tokens_per_sequence - 1) / tokens_per_sequence;
     int count = 0;
     for (int base = 0; base < words && count <= LISTED; base += WARP) {
@@ -301,7 +304,8 @@ struct Quantized {
         __syncthreads();
 
         if (token < tokens) {
-            for (int other = 0; other < parts; ++other) absmax_bits = max(absmax_bits, kept.maxima[token * parts + other]);
+            const unsigned* maxima = kept.maxima + token * parts;
+            for (int other = 0; other < parts; ++other) absmax_bits = max(absmax_bits, maxima[other]);
             const float absmax = __uint_as_float(absmax_bits);
             // Below about 4e-37 the reciprocal overflows. A power of two moves the row up exactly.
             const float lift = absmax < 1e-36f ? 9223372036854775808.f : 1.f;
@@ -440,7 +444,8 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
     // are no more groups than slots, and every warp has one, if of no rows.
     const int part = warp % parts, slot = warp / parts, slots = warps / parts;
     const int end_group = parts > 1 ? slots : groups;
-    const int first_step = steps * part / parts, end_step = steps * (part + 1) / parts, end_col = min(end_step * STEP, cols);
+    const int first_step = steps * part / parts, end_step = steps * (part + 1) / parts;
+    const int end_col = min(end_step * STEP, cols);
 
     int4 loaded[ROWS][BATCH];
     const auto load = [&](int group, int step) {
@@ -449,8 +454,9 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
             const int8_t* codes = layer.weight + static_cast<size_t>(row) * cols + col;
             UNROLL for (int i = 0; i < BATCH; ++i) {
                 loaded[j][i] = int4{0, 0, 0, 0};
-                if (row < end_row && col + i * STEP < end_col) {
-                    loaded[j][i] = WIDE ? load_streaming(codes + i * STEP) : load_bytes(codes + i * STEP, end_col - col - i * STEP);
+                const int left = end_col - col - i * STEP;
+                if (row < end_row && left > 0) {
+                    loaded[j][i] = WIDE ? load_streaming(codes + i * STEP) : load_bytes(codes + i * STEP, left);
                 }
             }
         }
@@ -462,7 +468,9 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
     const auto is_output = [&](int group, int i) {
         return lane + 32 * i < ROWS * TOKENS && token < layer.tokens && row_of(group, i) < end_row;
     };
-    const auto place_of = [&](int group, int i) { return static_cast<size_t>(token) * layer.out_width + row_of(group, i); };
+    const auto place_of = [&](int group, int i) {
+        return static_cast<size_t>(token) * layer.out_width + row_of(group, i);
+    };
     Ahead<T, ROWS, OUTPUTS> ahead = {};
     const auto ask = [&](int group) {
         UNROLL for (int i = 0; i < OUTPUTS; ++i) {
@@ -521,8 +529,9 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
             __syncthreads();
             if (part != 0) break;
             for (int other = warp + 1; other < warp + parts; ++other) {
+                const int* sums_of_other = x.kept.sums + other * ROWS * TOKENS;
                 UNROLL for (int i = 0; i < OUTPUTS; ++i) {
-                    if (lane + 32 * i < ROWS * TOKENS) own_sums[i] += x.kept.sums[other * ROWS * TOKENS + lane + 32 * i];
+                    if (lane + 32 * i < ROWS * TOKENS) own_sums[i] += sums_of_other[lane + 32 * i];
                 }
             }
         }
@@ -532,11 +541,13 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
         UNROLL for (int j = 0; j < ROWS; ++j) outliers |= (static_cast<unsigned>(ahead.outliers[j]) & 0xffu) << 8 * j;
         UNROLL for (int i = 0; i < OUTPUTS; ++i) {
             const int row = row_of(done, i), shift = (lane + 32 * i) / TOKENS % ROWS * 8;
+            // Lanes without an output show their codes to others all the same.
+            const int any_token = min(token, layer.tokens - 1);
             float value = 0.f;
             for (int k = 0; k < listed; ++k) {
                 const int code = static_cast<int8_t>(__shfl_sync(ALL_LANES, outliers, k) >> shift);
-                value = __fadd_rn(value, __fmul_rn(x.kept.values[min(token, layer.tokens - 1)][k], static_cast<float>(code)));
-                if (X::NEEDS_CORRECTION) own_sums[i] -= x.kept.codes[min(token, layer.tokens - 1)][k] * code;
+                value = __fadd_rn(value, __fmul_rn(x.kept.values[any_token][k], static_cast<float>(code)));
+                if (X::NEEDS_CORRECTION) own_sums[i] -= x.kept.codes[any_token][k] * code;
             }
             if (!is_output(done, i)) continue;
             if (x.kept.listed > LISTED) {
