@@ -1,12 +1,12 @@
 # `make check` is what CI runs.
-.PHONY: check test kernels nightly bench golden
+.PHONY: check test kernels sanitize nightly bench golden
 
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --document-private-items --locked
 	cargo test --workspace --locked
-	$(MAKE) --no-print-directory kernels
+	$(MAKE) --no-print-directory kernels sanitize
 
 test:
 	cargo test --workspace
@@ -14,6 +14,14 @@ test:
 # The CUDA kernels, by NVIDIA's compiler, which it fetches; see kernels/README.md.
 kernels:
 	kernels/build.sh
+
+# The kernels' tests on the CPU, under sanitizers. Fibers switch stacks, which leak detection does not follow.
+sanitize: export KERNELS_SANITIZE := address,undefined
+sanitize: export ASAN_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0
+sanitize: export PROPTEST_CASES := 4
+sanitize:
+	cargo test -p int8-ops --test cuda_kernels --locked --target-dir target/sanitize \
+		--config "target.'cfg(all())'.runner = ['env', 'LD_PRELOAD=$$(cc -print-file-name=libasan.so)']"
 
 # Peak memory and load time of a model of 2.6 GB; takes 8 GB of disk meanwhile.
 nightly:
