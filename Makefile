@@ -1,12 +1,12 @@
 # `make check` is what CI runs.
-.PHONY: check test kernels sanitize nightly bench golden
+.PHONY: check test kernels cuda-check sanitize nightly bench golden
 
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- --deny warnings
 	RUSTDOCFLAGS="--deny warnings" cargo doc --workspace --no-deps --document-private-items --locked
 	cargo test --workspace --locked
-	$(MAKE) --no-print-directory kernels sanitize
+	$(MAKE) --no-print-directory kernels cuda-check sanitize
 
 test:
 	cargo test --workspace
@@ -14,6 +14,14 @@ test:
 # The CUDA kernels, by NVIDIA's compiler, which it fetches; see kernels/README.md.
 kernels:
 	kernels/build.sh
+
+# The Rust code of the feature `cuda`, on a machine without CUDA: a script stands in for nvcc, and nothing is linked.
+cuda-check: export PATH := $(CURDIR)/kernels/host/stand-in-nvcc:$(PATH)
+cuda-check: export CUDA_COMPUTE_CAP := 90
+cuda-check: export CUDARC_CUDA_VERSION := 13000
+cuda-check: export CUDAFORGE_THREADS := 2
+cuda-check:
+	cargo clippy --workspace --all-targets --features cuda --locked --target-dir target/cuda-check -- --deny warnings
 
 # The kernels' tests on the CPU, under sanitizers. Fibers switch stacks, which leak detection does not follow.
 sanitize: export KERNELS_SANITIZE := address,undefined
