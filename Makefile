@@ -1,5 +1,5 @@
 # `make check` is what CI runs.
-.PHONY: check test kernels cuda-check sanitize nightly bench golden
+.PHONY: check test kernels cuda-check sanitize cuda nightly bench golden
 
 check:
 	cargo fmt --all --check
@@ -30,6 +30,14 @@ sanitize: export PROPTEST_CASES := 4
 sanitize:
 	cargo test -p int8-ops --test cuda_kernels --locked --target-dir target/sanitize \
 		--config "target.'cfg(all())'.runner = ['env', 'LD_PRELOAD=$$(cc -print-file-name=libasan.so)']"
+
+# llm8 with the feature `cuda`, from a toolkit that it fetches. CUDA_COMPUTE_CAP is of Candle's kernels: 90 is Hopper.
+cuda: export CUDA_COMPUTE_CAP ?= 90
+cuda: export CUDARC_CUDA_VERSION := 13000
+cuda: export CUDAFORGE_THREADS ?= 2
+cuda:
+	CUDA_HOME="$$(kernels/toolkit.sh link)" && export CUDA_HOME PATH="$$CUDA_HOME/bin:$$PATH" && \
+		cargo build --release --features cuda --locked
 
 # Peak memory and load time of a model of 2.6 GB; takes 8 GB of disk meanwhile.
 nightly:
