@@ -3,7 +3,7 @@ use half::{bf16, f16};
 use int8_ops::{Activation, add};
 use proptest::prelude::*;
 
-use super::support::{Float, assert_close, floats, launch, tensor};
+use super::support::{Float, assert_close, cases, floats, launch, tensor};
 
 /// The kernels' numbers of activations are these places, and one.
 const ACTIVATIONS: [Activation; 3] = [Activation::Relu, Activation::Gelu, Activation::GeluErf];
@@ -32,7 +32,7 @@ fn check<T: Float>(values: &[f32], offset: usize, blocks: usize, seed: u32) -> c
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(cases(24))]
 
     #[test]
     fn values_are_added_and_activated_as_on_the_cpu(

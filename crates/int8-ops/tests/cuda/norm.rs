@@ -4,7 +4,7 @@ use int8_ops::{LayerNorm, outlier_columns, quantize_activations};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, assert_close, floats, launch, parts, tensor};
+use super::support::{Float, assert_close, cases, floats, launch, parts, tensor};
 
 const EPS: f32 = 1e-5;
 
@@ -131,7 +131,7 @@ fn long_rows_are_normalised_as_on_the_cpu() -> candle_core::Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(cases(16))]
 
     #[test]
     fn rows_are_normalised_and_quantised_as_on_the_cpu(

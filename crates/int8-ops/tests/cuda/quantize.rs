@@ -3,7 +3,7 @@ use int8_ops::{outlier_columns, quantize_activations};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, floats, launch, parts, tensor};
+use super::support::{Float, cases, floats, launch, parts, tensor};
 
 /// Sequences, tokens, columns, values among which outliers are, and a seed.
 fn case() -> impl Strategy<Value = (usize, usize, usize, Vec<f32>, u32)> {
@@ -58,7 +58,7 @@ fn check<T: Float>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(cases(24))]
 
     #[test]
     fn activations_are_quantised_as_on_the_cpu(case in case()) {

@@ -3,7 +3,7 @@ use half::{bf16, f16};
 use int8_ops::Int8Matrix;
 use proptest::prelude::*;
 
-use super::support::{Float, floats, launch, parts, tensor};
+use super::support::{Float, cases, floats, launch, parts, tensor};
 
 #[derive(Debug)]
 struct Case {
@@ -104,7 +104,7 @@ fn long_rows_are_quantised_as_on_the_cpu() -> candle_core::Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(cases(16))]
 
     #[test]
     fn rows_are_quantised_and_dequantised_as_on_the_cpu(case in case()) {

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
 use int8_ops::Int8Matrix;
 use kernels_on_host::{Arg, Config};
+use proptest::prelude::ProptestConfig;
 
 /// A float dtype that activations come in.
 pub trait Float: Copy + candle_core::WithDType {
@@ -59,6 +60,12 @@ impl Float for bf16 {
 
 pub fn floats<T: Float>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&value| T::of(value)).collect()
+}
+
+/// So many cases, or fewer where `PROPTEST_CASES` is less: under sanitizers each takes long.
+pub fn cases(count: u32) -> ProptestConfig {
+    let most = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    ProptestConfig::with_cases(count.min(most.unwrap_or(count)))
 }
 
 /// Values are the wanted ones, rounded to T, but for an error of so much, and of so much of their magnitude.
