@@ -137,6 +137,15 @@ pub fn reset_peak(device: &Device) {
     let _ = device;
 }
 
+/// Gives memory back to the system that a CUDA device keeps for tensors to come.
+pub fn give_back(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        driver::give_back(device);
+    }
+    let _ = device;
+}
+
 /// Bytes a second that a copy from one place of a CUDA device's memory to another moves, read and written ones
 /// together: the median of several copies of a buffer of `bytes`. `None` for the CPU.
 pub fn copy_bandwidth(device: &Device, bytes: usize) -> Result<Option<f64>> {
@@ -241,6 +250,7 @@ mod driver {
             // SAFETY: there is one stream for all tensors of this device, on which everything is in order; events
             // would only say so again, at a cost for every tensor.
             unsafe { device.disable_event_tracking() };
+            keep_freed_memory(device);
         }
         // The kernel that looks up embeddings.
         let table = Tensor::zeros((1, 1), DType::F32, &device)?;
@@ -300,6 +310,22 @@ mod driver {
         Some(bytes as usize)
     }
 
+    /// What is freed stays with the pool: by default it goes back to the system whenever the host waits for the
+    /// device, which is at every token, and has to be mapped again for the next.
+    fn keep_freed_memory(device: &CudaDevice) {
+        let Some(pool) = pool(device) else { return };
+        let mut threshold = u64::MAX;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the attribute is a cuuint64_t. Where it fails, work is slower and no less right.
+        let _ = unsafe { sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()) };
+    }
+
+    pub(super) fn give_back(device: &CudaDevice) {
+        let Some(pool) = pool(device) else { return };
+        // SAFETY: the pool is the device's own; what is in use stays. Where it fails, the pool keeps what it has.
+        let _ = unsafe { sys::cuMemPoolTrimTo(pool, 0) };
+    }
+
     pub(super) fn reset_peak(device: &CudaDevice) {
         let Some(pool) = pool(device) else { return };
         let mut zero = 0u64;
@@ -338,6 +364,7 @@ mod tests {
         assert_eq!((used_bytes(&Device::Cpu), peak_bytes(&Device::Cpu)), (None, None));
         assert_eq!(label(&Device::Cpu), "cpu");
         assert_eq!((name(&Device::Cpu), copy_bandwidth(&Device::Cpu, 1)?), (None, None));
+        give_back(&Device::Cpu);
         reset_peak(&Device::Cpu);
         synchronize(&Device::Cpu)
     }
