@@ -449,15 +449,23 @@ fn ids_outside_the_vocabulary() {
 
 #[test]
 fn what_this_machine_or_build_does_not_have() {
-    check_failure(
-        &llm8(&["generate", "--device", "cuda", "x"]).output().unwrap(),
-        1,
-        &["no CUDA support", "--device cpu"],
-    );
     let output = llm8(&["generate", "-q", "--instruction-set", "a\nb", "x"]).output().unwrap();
     check_failure(&output, 1, &["instruction set `a\\nb` is not available here; there is", "portable"]);
     let output = llm8(&["generate", "-q", "--instruction-set", "mmx", "x"]).output().unwrap();
     check_failure(&output, 1, &["instruction set `mmx` is not available here; there is", "portable"]);
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_cuda_device_in_a_build_without_cuda() {
+    let commands: [&[&str]; 3] = [&["generate", "x"], &["compare", "x"], &["bench", "--dummy-weights"]];
+    for command in commands {
+        for device in ["cuda", "cuda:0", "cuda:3"] {
+            let output = llm8(&[command, &["--device", device]].concat()).output().unwrap();
+            let hint = "hint: build it with `make cuda`, which runs `cargo build --release --features cuda`";
+            check_failure(&output, 1, &["--device cuda: this llm8 has no CUDA support", hint, "--device cpu"]);
+        }
+    }
 }
 
 #[test]
@@ -468,7 +476,7 @@ fn a_module_name_that_matches_nothing() {
 
 #[test]
 fn wrong_usage_has_exit_code_2() {
-    let cases: [&[&str]; 13] = [
+    let cases: [&[&str]; 18] = [
         &["generate", "x", "--temperature", "-1"],
         &["generate", "x", "--temperature", "1e46"],
         &["generate", "x", "--top-p", "1e-50"],
@@ -478,7 +486,12 @@ fn wrong_usage_has_exit_code_2() {
         &["generate", "x", "--top-p", "0"],
         &["generate", "x", "--top-k", "-1"],
         &["generate", "x", "--precision", "int4"],
-        &["generate", "x", "--device", "tpu"],
+        &["generate", "x", "--device", "gpu"],
+        &["generate", "x", "--device", "cpu:1"],
+        &["generate", "x", "--device", "cuda:"],
+        &["generate", "x", "--device", "cuda:first"],
+        &["bench", "--device", "CUDA"],
+        &["quantize", "-o", "no/such/folder", "--device", "cuda"],
         &["generate", "x", "--prompt-ids", "1"],
         &["generate", "x", "--precision", "f16", "--threshold", "5"],
         &["translate", "x"],

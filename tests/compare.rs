@@ -30,6 +30,7 @@ fn the_ratio_is_that_of_footprint_on_every_fixture() {
             let footprint = json_of(&["footprint", "--json", "-q", "-m", folder]);
             let int8 = &footprint["precisions"][if head { "int8_head" } else { "int8" }];
             assert_eq!(report["int8"]["memory"]["weight_bytes"], int8["total_bytes"], "{fixture}");
+            assert_eq!((&report["f16"]["device"], &report["int8"]["device"]), (&"cpu".into(), &"cpu".into()));
             assert_eq!(report["f16"]["memory"]["weight_bytes"], footprint["precisions"]["f16"]["total_bytes"]);
             if !head {
                 assert_eq!(number(&report, "ratio"), number(&footprint, "ratio_f16_int8"), "{fixture}");

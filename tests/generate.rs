@@ -79,6 +79,23 @@ fn every_instruction_set_writes_the_same_text() {
 }
 
 #[test]
+fn the_device_is_chosen_by_name_and_told() {
+    let report = |device: &[&str]| {
+        let args = ["generate", "The package", "-n", "24", "--json", "-q"];
+        json_of(&[&args[..], device].concat())
+    };
+    let cpu = report(&["--device", "cpu"]);
+    assert_eq!((&cpu["device"], &cpu["device_name"]), (&Value::from("cpu"), &Value::Null));
+    for key in ["device_bytes", "peak_device_bytes"] {
+        assert_eq!(cpu["memory"].get(key), Some(&Value::Null), "{key}");
+    }
+    // No CUDA device can be seen here, whatever the build.
+    for auto in [report(&[]), report(&["--device", "auto"])] {
+        assert_eq!((&auto["device"], &auto["ids"], &auto["text"]), (&cpu["device"], &cpu["ids"], &cpu["text"]));
+    }
+}
+
+#[test]
 fn text_goes_to_stdout_and_everything_else_to_stderr() {
     let args = ["generate", "The Debian project", "-n", "8"];
     let output = succeeds(&args);

@@ -1,12 +1,12 @@
 //! BLOOM (BigScience 2022, arXiv 2211.05100), from config to logits; the reference is
 //! transformers/models/bloom/modeling_bloom.py.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use int8_ops::{Activation, Fused, LayerNorm};
 
 use crate::attention::{KvCache, LayerCache, alibi_slopes, attend};
-use crate::causal_lm::CausalLm;
+use crate::causal_lm::{CausalLm, check_on_cpu};
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear};
@@ -134,6 +134,14 @@ impl CausalLm for Bloom {
         None
     }
 
+    fn device(&self) -> &Device {
+        self.word_embeddings.device()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.word_embeddings.activation_dtype()
+    }
+
     fn embed(&self, tokens: &Tensor, _past: usize) -> Result<Tensor> {
         self.word_embeddings_layernorm.forward(&self.word_embeddings.lookup(tokens)?)
     }
@@ -151,6 +159,7 @@ impl CausalLm for Bloom {
     }
 
     fn read_weights(&self) -> Result<usize> {
+        check_on_cpu(self.device())?;
         let blocks: usize = self.h.iter().map(Block::read).sum::<Result<_>>()?;
         Ok(blocks + self.lm_head.as_ref().unwrap_or(&self.word_embeddings).read()?)
     }

@@ -1,13 +1,16 @@
 //! What every causal language model here is made of.
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::attention::KvCache;
 
 /// A decoder-only language model: an embedding, blocks, a final norm and a head.
 ///
 /// A batch holds sequences of one length, each with outlier columns of its own, so that what shares
-/// a batch with a sequence never changes its result. Activations are `F32`.
+/// a batch with a sequence never changes its result.
+///
+/// Token ids come in on the CPU, and logits go out there; what is in between is on the model's device, in
+/// [`activation_dtype`](Self::activation_dtype).
 pub trait CausalLm: Send + Sync {
     /// The number of token ids, and the width of the logits.
     fn vocab_size(&self) -> usize;
@@ -17,6 +20,13 @@ pub trait CausalLm: Send + Sync {
 
     /// The longest sequence the model can hold; `None` where positions have no end.
     fn max_positions(&self) -> Option<usize>;
+
+    /// Where the weights are, and the model runs.
+    fn device(&self) -> &Device;
+
+    /// What it computes in between its layers: `F32` on the CPU; on a CUDA device the 16-bit dtype of the weights
+    /// that are not quantised, unless the precision is `F32`.
+    fn activation_dtype(&self) -> DType;
 
     /// The input of the first block (batch, tokens, hidden) for token ids (batch, tokens) in `U32`
     /// that follow `past` tokens.
@@ -29,11 +39,11 @@ pub trait CausalLm: Send + Sync {
     /// What goes into the head: the last block's output (.., hidden), normed.
     fn final_norm(&self, hidden: &Tensor) -> Result<Tensor>;
 
-    /// The logits (.., vocabulary) of normed hidden states (.., hidden).
+    /// The logits (.., vocabulary), in `F32` on the CPU, of normed hidden states (.., hidden).
     fn head(&self, hidden: &Tensor) -> Result<Tensor>;
 
     /// Reads every matrix that a step of one token reads, once, and does nothing else: the least time that a
-    /// step can take on the CPU. Gives the number of bytes.
+    /// step can take on the CPU. Gives the number of bytes; an error when the model is on another device.
     fn read_weights(&self) -> Result<usize>;
 
     /// The normed hidden states (batch, tokens, hidden) of token ids (batch, tokens) in `U32` that
@@ -83,5 +93,13 @@ pub trait CausalLm: Send + Sync {
             Some(hidden) => self.head(&hidden),
             None => bail!("the pass was interrupted"),
         }
+    }
+}
+
+/// An error unless a model is on the CPU, whose reading of weights can be measured.
+pub(crate) fn check_on_cpu(device: &Device) -> Result<()> {
+    match device.is_cpu() {
+        true => Ok(()),
+        false => bail!("weights can be read on the CPU only, but the model is on {:?}", device.location()),
     }
 }

@@ -159,6 +159,11 @@ impl Checkpoint {
         if name.starts_with(prefix) { self.tensor(name) } else { None }
     }
 
+    /// Whether any tensor is of this dtype.
+    pub(crate) fn has_dtype(&self, dtype: Dtype) -> bool {
+        self.tensors.keys().filter_map(|name| self.tensor(name)).any(|tensor| tensor.dtype == dtype)
+    }
+
     /// Bytes of all tensors.
     pub(crate) fn bytes(&self) -> usize {
         self.tensors.keys().filter_map(|name| self.tensor(name)).map(|tensor| tensor.range.len()).sum()

@@ -79,6 +79,10 @@ impl Source for DummyWeights {
     fn is_as_config_says(&self) -> bool {
         false
     }
+
+    fn has_bf16(&self) -> bool {
+        false
+    }
 }
 
 /// A tensor that is yet to be drawn.
@@ -121,14 +125,18 @@ impl SourceTensor for DummyTensor<'_> {
     }
 
     /// Codes are drawn as bytes; the scale is one for all rows, such that values reach as far as the floats.
-    fn int8_matrix(&self) -> Result<Int8Matrix> {
+    fn int8_matrix(&self, device: &Device) -> Result<Int8Matrix> {
         let (rows, cols) = (self.shape[0], self.shape[1]);
         let no_memory = |_| self.no_memory(rows * cols);
         let mut codes = bytes::zeros(rows * cols).map_err(no_memory)?;
         self.draw::<i8>(bytemuck::cast_slice_mut(&mut codes), self.exponent());
         let scales = vec![2f32.powi(self.exponent() + 1) / MAX_CODE; rows];
-        Int8Matrix::from_shared(Arc::new(codes), cols, Tensor::from_vec(scales, rows, &Device::Cpu)?)
-            .map_err(|error| self.problem(first_line(&error)))
+        let scales = Tensor::from_vec(scales, rows, device)?;
+        let matrix = match device.is_cpu() {
+            true => Int8Matrix::from_shared(Arc::new(codes), cols, scales),
+            false => Int8Matrix::new(Tensor::from_slice(&codes, (rows, cols), device)?, scales),
+        };
+        matrix.map_err(|error| self.problem(first_line(&error)))
     }
 
     fn float_matrix(&self, dtype: DType) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use int8_ops::device::is_out_of_memory;
 use safetensors::Dtype;
 
 /// The result of this crate's functions.
@@ -159,6 +160,10 @@ impl Error {
             Self::PromptTooLong { .. } => {
                 Some("give a shorter prompt: the model was not made for longer texts".to_string())
             }
+            Self::Candle(error) if is_out_of_memory(error) => Some(
+                "end other programs on the device, or take a smaller precision, a shorter context or a smaller batch"
+                    .to_string(),
+            ),
             Self::Tokenizer(_) | Self::Prompt(_) | Self::Option(_) | Self::Candle(_) | Self::Interrupted => None,
         }
     }
@@ -166,5 +171,8 @@ impl Error {
 
 /// A Candle error's message without the backtrace that may follow it.
 pub(crate) fn first_line(error: &candle_core::Error) -> String {
+    if is_out_of_memory(error) {
+        return "the device has no memory left".to_string();
+    }
     error.to_string().lines().next().unwrap_or_default().to_string()
 }

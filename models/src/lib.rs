@@ -54,6 +54,7 @@ mod weights;
 
 pub use agreement::Agreement;
 pub use attention::{CacheDtype, KvCache};
+pub use candle_core::Device;
 pub use causal_lm::CausalLm;
 pub use checkpoint::{ReadSeek, TensorHeaders, WeightFiles};
 pub use dummy::load_dummy;

@@ -3,6 +3,9 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
+use int8_ops::device;
+
 use crate::bloom::Bloom;
 use crate::causal_lm::CausalLm;
 use crate::checkpoint::Checkpoint;
@@ -18,12 +21,19 @@ use crate::source::Source;
 use crate::weights::Loader;
 
 /// How a model is loaded.
-#[derive(Default)]
 pub struct LoadOptions {
     /// What the weights are held in; int8 by default.
     pub precision: Precision,
+    /// Where the weights are, and the model runs; the CPU by default. Tensors are brought there one by one.
+    pub device: Device,
     /// Called after every tensor.
     pub progress: Option<Box<dyn Fn(Progress)>>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { precision: Precision::default(), device: Device::Cpu, progress: None }
+    }
 }
 
 /// How far loading has come.
@@ -41,6 +51,8 @@ pub struct Loaded {
     pub model: Box<dyn CausalLm>,
     /// The bytes of every tensor as it was loaded.
     pub ledger: Ledger,
+    /// The bytes that loading has taken on a CUDA device; `None` on the CPU, and where the device does not tell.
+    pub device_bytes: Option<usize>,
     /// The ids that end a text, from generation_config.json or else config.json; may be empty.
     pub eos: Vec<u32>,
     /// How long loading took.
@@ -67,6 +79,7 @@ pub(crate) fn load_from<S: Source>(
     let eos = [generation.as_ref(), Some(&config)].into_iter().flatten().map(|config| config.token_ids("eos_token_id"));
     let eos = eos.collect::<Result<Vec<_>>>()?.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default();
     let source = open()?;
+    let used_before = device::used_bytes(&options.device);
     let (bytes, total_bytes) = (Cell::new(0), source.stored_bytes());
     let loaded = |tensor_bytes: usize| {
         bytes.set(bytes.get() + tensor_bytes);
@@ -76,10 +89,14 @@ pub(crate) fn load_from<S: Source>(
     };
     let is_stored_int8 = source.is_as_config_says() && config.stored_int8()?.is_some();
     let is_head_tied = family.outline(&config)?.head.iter().next().is_none();
-    let loader = Loader::new(&source, &options.precision, is_stored_int8, is_head_tied, &loaded);
+    let loader = Loader::new(&source, options, is_stored_int8, is_head_tied, &loaded);
     let model = family.load(&config, &loader)?;
     let ledger = loader.finish()?;
-    Ok(Loaded { model, ledger, eos, duration: start.elapsed() })
+    // Memory is given back behind the work that uses it.
+    device::synchronize(&options.device)?;
+    let used = device::used_bytes(&options.device);
+    let device_bytes = used.zip(used_before).map(|(used, before)| used.saturating_sub(before));
+    Ok(Loaded { model, ledger, device_bytes, eos, duration: start.elapsed() })
 }
 
 /// The architecture of the model in `folder`, `bloom` or `opt`, from its config alone: what to ask

@@ -6,7 +6,7 @@ use candle_nn::Module;
 use int8_ops::{Activation, Fused, LayerNorm};
 
 use crate::attention::{KvCache, LayerCache, attend};
-use crate::causal_lm::CausalLm;
+use crate::causal_lm::{CausalLm, check_on_cpu};
 use crate::config::Config;
 use crate::error;
 use crate::layers::{Embedding, Linear, Linears};
@@ -72,8 +72,8 @@ impl Shape {
         if self.layer_norm_affine {
             return weights.layer_norm(width, LAYER_NORM_EPSILON);
         }
-        let (ones, zeros) =
-            (Tensor::ones(width, DType::F32, &Device::Cpu)?, Tensor::zeros(width, DType::F32, &Device::Cpu)?);
+        let device = weights.device();
+        let (ones, zeros) = (Tensor::ones(width, DType::F32, device)?, Tensor::zeros(width, DType::F32, device)?);
         Ok(LayerNorm::new(ones, zeros, LAYER_NORM_EPSILON)?)
     }
 }
@@ -191,6 +191,14 @@ impl CausalLm for Opt {
         Some(self.max_positions)
     }
 
+    fn device(&self) -> &Device {
+        self.embed_tokens.device()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.embed_tokens.activation_dtype()
+    }
+
     fn embed(&self, tokens: &Tensor, past: usize) -> Result<Tensor> {
         let (_, new) = tokens.dims2()?;
         if past + new > self.max_positions {
@@ -225,6 +233,7 @@ impl CausalLm for Opt {
     }
 
     fn read_weights(&self) -> Result<usize> {
+        check_on_cpu(self.device())?;
         let blocks: usize = self.layers.iter().map(Block::read).sum::<Result<_>>()?;
         let projections: usize =
             self.project_in.iter().chain(&self.project_out).map(Linear::read).sum::<Result<_>>()?;

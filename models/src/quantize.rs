@@ -232,7 +232,7 @@ fn kept_in_16_bits(tensors: &[Planned], options: &Int8Options) -> Result<Vec<Str
 /// Loads what was written, of which little is read: a checkpoint that is no whole model is told here.
 fn check_loads(folder: &ModelFolder, staging: &Staging, options: &Int8Options) -> Result<()> {
     let precision = Precision::Int8(Int8Options { skip_modules: Vec::new(), ..options.clone() });
-    let loaded = load(&ModelFolder::open(staging.path())?, &LoadOptions { precision, progress: None });
+    let loaded = load(&ModelFolder::open(staging.path())?, &LoadOptions { precision, ..LoadOptions::default() });
     let told = |error: Error| {
         let place = folder.path().display().to_string();
         let problem = error.to_string().replace(&staging.path().display().to_string(), &place);

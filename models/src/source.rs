@@ -1,6 +1,6 @@
 //! Where the tensors of a model come from: the files of a checkpoint, or a generator of random numbers.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use int8_ops::Int8Matrix;
 use safetensors::Dtype;
 
@@ -23,6 +23,9 @@ pub(crate) trait Source {
 
     /// Whether tensors are stored in what config.json says, which may be int8.
     fn is_as_config_says(&self) -> bool;
+
+    /// Whether any tensor is stored in BF16.
+    fn has_bf16(&self) -> bool;
 }
 
 /// A tensor that has yet to be brought into the form that a layer holds it in.
@@ -38,12 +41,12 @@ pub(crate) trait SourceTensor {
     /// Bytes as it is stored.
     fn stored_bytes(&self) -> usize;
 
-    /// A vector in F32, F16 or BF16.
+    /// A vector in F32, F16 or BF16, on the CPU.
     fn vector(&self, dtype: DType) -> Result<Tensor>;
 
-    /// A matrix (rows, cols) in int8.
-    fn int8_matrix(&self) -> Result<Int8Matrix>;
+    /// A matrix (rows, cols) in int8, on `device`, which quantises it where that is to be done.
+    fn int8_matrix(&self, device: &Device) -> Result<Int8Matrix>;
 
-    /// A matrix (rows, cols) in F32, F16 or BF16.
+    /// A matrix (rows, cols) in F32, F16 or BF16, on the CPU.
     fn float_matrix(&self, dtype: DType) -> Result<Tensor>;
 }

@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use int8_ops::{FloatLinear, Int8Linear, Int8LinearGroup, LayerNorm};
 use safetensors::Dtype;
 
 use crate::error::Result;
-use crate::layers::{Embedding, Linear, Linears};
+use crate::layers::{Embedding, Linear, Linears, Table};
 use crate::ledger::{Ledger, LedgerEntry};
+use crate::load::LoadOptions;
 use crate::outline::HEAD;
 use crate::precision::{Int8Options, Precision};
 use crate::source::{Source, SourceTensor};
@@ -24,6 +25,7 @@ pub(crate) struct Weights<'a> {
 pub(crate) struct Loader<'a> {
     source: &'a dyn Source,
     precision: &'a Precision,
+    device: &'a Device,
     /// Whether the checkpoint says that it was saved in int8.
     is_stored_int8: bool,
     /// Whether the head is the embedding.
@@ -38,13 +40,32 @@ pub(crate) struct Loader<'a> {
 impl<'a> Loader<'a> {
     pub(crate) fn new(
         source: &'a dyn Source,
-        precision: &'a Precision,
+        options: &'a LoadOptions,
         is_stored_int8: bool,
         is_head_tied: bool,
         loaded: &'a dyn Fn(usize),
     ) -> Self {
         let (ledger, linear_names) = (RefCell::default(), RefCell::default());
-        Self { source, precision, is_stored_int8, is_head_tied, loaded, ledger, linear_names }
+        let LoadOptions { precision, device, .. } = options;
+        Self { source, precision, device, is_stored_int8, is_head_tied, loaded, ledger, linear_names }
+    }
+
+    /// What the model computes in between its layers: `F32` on the CPU; elsewhere what the weights that are not
+    /// quantised are held in.
+    pub(crate) fn activation_dtype(&self) -> DType {
+        match self.precision {
+            _ if self.device.is_cpu() => DType::F32,
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+            Precision::BF16 => DType::BF16,
+            Precision::Int8(_) => {
+                if self.source.has_bf16() {
+                    DType::BF16
+                } else {
+                    DType::F16
+                }
+            }
+        }
     }
 
     /// The weights under the first of `prefixes` that has the tensor `probe`.
@@ -104,6 +125,11 @@ impl<'a> Weights<'a> {
         Ok((0..count).map(move |index| blocks.pp(index)))
     }
 
+    /// The device that the model is loaded to.
+    pub(crate) fn device(&self) -> &'a Device {
+        self.loader.device
+    }
+
     /// The module's full name.
     fn module(&self) -> &str {
         self.path.trim_end_matches('.')
@@ -125,7 +151,7 @@ impl<'a> Weights<'a> {
         };
         Ok(match self.loader.precision {
             Precision::Int8(options) if !stays(options) => {
-                let matrix = weight.int8_matrix()?;
+                let matrix = weight.int8_matrix(self.device())?;
                 self.loader.enter(&*weight, matrix.bytes(), Step::Int8Products);
                 Linear::Int8(Int8Linear::new(matrix, bias, options.threshold)?)
             }
@@ -152,21 +178,23 @@ impl<'a> Weights<'a> {
     pub(crate) fn embedding(&self, rows: usize, width: usize) -> Result<Embedding> {
         let weight = self.tensor("weight", &[rows, width])?;
         let step = if self.loader.is_head_tied || self.module() == HEAD { Step::All } else { Step::Row };
-        match self.loader.precision {
+        let table = match self.loader.precision {
             Precision::Int8(options) if options.has_int8_head(weight.dtype() == Dtype::I8) => {
-                let matrix = weight.int8_matrix()?;
+                let matrix = weight.int8_matrix(self.device())?;
                 self.loader.enter(&*weight, matrix.bytes(), step);
-                Ok(Embedding::Int8 { matrix, threshold: options.threshold })
+                Table::Int8 { matrix, threshold: options.threshold }
             }
-            _ => Ok(Embedding::Float(self.float_matrix(&*weight, step)?)),
-        }
+            _ => Table::Float(self.float_matrix(&*weight, step)?),
+        };
+        Ok(Embedding::new(table, self.loader.activation_dtype()))
     }
 
     /// A table (rows, width) of vectors that are only looked up, such as positions: in 16 bits beside
     /// int8 layers.
     pub(crate) fn table(&self, rows: usize, width: usize) -> Result<Embedding> {
         let weight = self.tensor("weight", &[rows, width])?;
-        Ok(Embedding::Float(self.float_matrix(&*weight, Step::Row)?))
+        let table = Table::Float(self.float_matrix(&*weight, Step::Row)?);
+        Ok(Embedding::new(table, self.loader.activation_dtype()))
     }
 
     /// A layer norm: `weight` and `bias` (width).
@@ -177,14 +205,14 @@ impl<'a> Weights<'a> {
     /// A vector (len), in 16 bits unless the precision is `F32`.
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let tensor = self.tensor(name, &[len])?;
-        let vector = tensor.vector(float_dtype(self.loader.precision, &*tensor))?;
+        let vector = tensor.vector(float_dtype(self.loader.precision, &*tensor))?.to_device(self.device())?;
         self.loader.enter(&*tensor, len * vector.dtype().size_in_bytes(), Step::All);
         Ok(vector)
     }
 
     /// A weight (rows, cols) that is not quantised, entered in the ledger.
     fn float_matrix(&self, weight: &dyn SourceTensor, step: Step) -> Result<Tensor> {
-        let matrix = weight.float_matrix(float_dtype(self.loader.precision, weight))?;
+        let matrix = weight.float_matrix(float_dtype(self.loader.precision, weight))?.to_device(self.device())?;
         self.loader.enter(weight, matrix.elem_count() * matrix.dtype().size_in_bytes(), step);
         Ok(matrix)
     }

@@ -33,7 +33,7 @@ fn config_alone(name: &str) -> PathBuf {
 }
 
 fn dummy(folder: &Path, precision: Precision) -> Loaded {
-    load_dummy(&ModelFolder::open(folder).unwrap(), &LoadOptions { precision, progress: None }).unwrap()
+    load_dummy(&ModelFolder::open(folder).unwrap(), &LoadOptions { precision, ..LoadOptions::default() }).unwrap()
 }
 
 fn int8_with(head: bool) -> Precision {
@@ -65,7 +65,7 @@ fn a_dummy_model_takes_the_bytes_of_its_footprint_and_has_finite_logits() {
 #[test]
 fn a_published_shape_is_made_by_its_name() {
     let folder = published("facebook/opt-125m").unwrap();
-    let options = LoadOptions { precision: int8_with(true), progress: None };
+    let options = LoadOptions { precision: int8_with(true), ..LoadOptions::default() };
     let loaded = load_dummy(&folder, &options).unwrap();
     let wanted = Footprint::of(&folder).unwrap().weights(&options.precision).total();
     assert_eq!(loaded.ledger.bytes() as u64, wanted);

@@ -6,10 +6,10 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// `llm8` with arguments, its standard streams apart.
+/// `llm8` with arguments, its standard streams apart; what is expected of it is what the CPU gives.
 pub fn llm8<A: AsRef<std::ffi::OsStr>>(args: &[A]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_llm8"));
-    command.args(args).stdin(Stdio::null()).env_remove("LLM8_INSTRUCTION_SET");
+    command.args(args).stdin(Stdio::null()).env_remove("LLM8_INSTRUCTION_SET").env("CUDA_VISIBLE_DEVICES", "");
     command
 }
 

@@ -23,6 +23,7 @@ mod attention;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub mod device;
 mod elementwise;
 mod float;
 mod fused;

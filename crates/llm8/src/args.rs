@@ -94,9 +94,10 @@ const THREADS: std::ops::RangeInclusive<i64> = 1..=1024;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Machine")]
 pub struct ProcessorArgs {
-    /// Where to run: auto or cpu. A build with CUDA support, for cuda and cuda:N, is still to come.
+    /// Where to run: auto, cpu, cuda, or cuda:N for the N-th device counted from 0. auto is the first CUDA device
+    /// if this program was built for CUDA and there is one, and else the CPU.
     #[arg(long, default_value = "auto", value_parser = device)]
-    pub device: Device,
+    pub device: DeviceName,
 
     /// Go on though the memory that is free seems too little for the model.
     #[arg(long)]
@@ -183,8 +184,8 @@ impl From<CacheDtypeName> for CacheDtype {
 
 /// A device by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Device {
-    /// The best there is in this build.
+pub enum DeviceName {
+    /// The best there is, in this build and on this machine.
     Auto,
     Cpu,
     Cuda(usize),
@@ -327,7 +328,8 @@ pub struct FootprintArgs {
 ///
 /// The new folder holds the checkpoint in the layout of bitsandbytes, with the tokenizer's files: llm8
 /// loads it without quantising anything again, and so does Transformers with bitsandbytes, unless
-/// --int8-head was given. The folder appears when it is whole; on any error nothing is left.
+/// --int8-head was given. The folder appears when it is whole; on any error nothing is left. All of it is done
+/// on the CPU.
 #[derive(Debug, clap::Args)]
 pub struct QuantizeArgs {
     /// The folder to write: a new one, or one that is empty.
@@ -530,11 +532,16 @@ fn size(text: &str) -> Result<usize, String> {
     size.filter(|size| *size > 0).ok_or_else(|| "wanted a size, such as 5GB or 500MB".to_string())
 }
 
-fn device(text: &str) -> Result<Device, String> {
-    match text.split_once(':').unwrap_or((text, "0")) {
-        ("auto", "0") => Ok(Device::Auto),
-        ("cpu", "0") => Ok(Device::Cpu),
-        ("cuda", index) => index.parse().map(Device::Cuda).map_err(|_| "wanted cuda:N with a number N".to_string()),
+fn device(text: &str) -> Result<DeviceName, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceName::Auto),
+        None if text == "cpu" => Ok(DeviceName::Cpu),
+        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
+        // As many as the driver can count.
+        Some(("cuda", number)) => match number.parse::<u16>() {
+            Ok(number) => Ok(DeviceName::Cuda(number.into())),
+            Err(_) => Err("wanted cuda:N with a number N, such as cuda:0".to_string()),
+        },
         _ => Err("wanted auto, cpu, cuda or cuda:N".to_string()),
     }
 }

@@ -1,5 +1,6 @@
 //! The memory of this machine, and of common GPUs.
 
+use int8_ops::device::{self, DeviceMemory};
 use sysinfo::System;
 
 /// Bytes of main memory.
@@ -22,6 +23,12 @@ pub fn memory() -> Option<Memory> {
         available = available.min(container.total_memory.saturating_sub(container.rss));
     }
     (total > 0).then_some(Memory { total, available })
+}
+
+/// The name and memory of the first CUDA device here that can be used.
+pub fn local_device() -> Option<(String, DeviceMemory)> {
+    let device = device::cuda(0).ok()?;
+    Some((device::name(&device)?, device::memory(&device).ok()??))
 }
 
 /// A kind of GPU.

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use bytemuck::Pod;
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
-use int8_ops::{Int8Matrix, MAX_CODE};
+use int8_ops::{Int8Matrix, MAX_CODE, device};
 use safetensors::Dtype;
 
 use super::rows::Float;
@@ -39,6 +40,10 @@ impl Source for Checkpoint {
 
     fn is_as_config_says(&self) -> bool {
         true
+    }
+
+    fn has_bf16(&self) -> bool {
+        self.has_dtype(Dtype::BF16)
     }
 }
 
@@ -79,9 +84,13 @@ impl SourceTensor for StoredTensor<'_> {
         }
     }
 
-    /// Quantised row by row from the file, or used in place where the file holds int8.
-    fn int8_matrix(&self) -> Result<Int8Matrix> {
+    /// On the CPU quantised row by row from the file, or used in place where the file holds int8; on another
+    /// device quantised there, from a copy of what the file holds.
+    fn int8_matrix(&self, device: &Device) -> Result<Int8Matrix> {
         let weight = &self.raw;
+        if !device.is_cpu() {
+            return self.int8_matrix_on(device);
+        }
         let (rows, cols) = (weight.shape[0], weight.shape[1]);
         if weight.dtype == Dtype::I8 {
             let scales = Tensor::from_vec(self.checkpoint.stored_scales(weight)?, rows, &Device::Cpu)?;
@@ -97,7 +106,7 @@ impl SourceTensor for StoredTensor<'_> {
             .map_err(|error| weight.problem(first_line(&error)))
     }
 
-    /// Int8 weights are dequantised.
+    /// Int8 weights are dequantised, on the CPU.
     fn float_matrix(&self, dtype: DType) -> Result<Tensor> {
         let weight = &self.raw;
         let scales = if weight.dtype == Dtype::I8 {
@@ -110,6 +119,49 @@ impl SourceTensor for StoredTensor<'_> {
             DType::F16 => float_tensor::<f16>(weight, scales.as_deref()),
             DType::BF16 => float_tensor::<bf16>(weight, scales.as_deref()),
             _ => float_tensor::<f32>(weight, scales.as_deref()),
+        }
+    }
+}
+
+impl StoredTensor<'_> {
+    /// The weight in int8 on a device that is not the CPU.
+    fn int8_matrix_on(&self, device: &Device) -> Result<Int8Matrix> {
+        let weight = &self.raw;
+        let told = |error: candle_core::Error| match device::is_out_of_memory(&error) {
+            true => Error::Candle(error),
+            false => weight.problem(first_line(&error)),
+        };
+        let matrix = match weight.dtype {
+            Dtype::I8 => {
+                let scales = self.checkpoint.stored_scales(weight)?;
+                let scales = Tensor::from_vec(scales, weight.shape[0], device).map_err(told)?;
+                upload::<u8>(weight, device).and_then(|codes| Int8Matrix::new(codes, scales)).map_err(told)?
+            }
+            _ => {
+                weight.check_float()?;
+                let floats = match weight.dtype {
+                    Dtype::F16 => upload::<f16>(weight, device),
+                    Dtype::BF16 => upload::<bf16>(weight, device),
+                    _ => upload::<f32>(weight, device),
+                };
+                floats.and_then(|floats| Int8Matrix::quantize(&floats)).map_err(told)?
+            }
+        };
+        weight.bytes.give_back(&weight.range);
+        Ok(matrix)
+    }
+}
+
+/// The values (rows, cols) as they stand in the file, of which nothing else is copied on the way if they are
+/// aligned there.
+fn upload<T: WithDType + Pod>(weight: &RawTensor, device: &Device) -> candle_core::Result<Tensor> {
+    weight.bytes.read_ahead(&weight.range);
+    match bytemuck::try_cast_slice::<u8, T>(weight.data()) {
+        Ok(values) => Tensor::from_slice(values, weight.shape, device),
+        Err(_) => {
+            let mut values = vec![T::zeroed(); weight.shape.iter().product()];
+            bytemuck::cast_slice_mut::<T, u8>(&mut values).copy_from_slice(weight.data());
+            Tensor::from_slice(&values, weight.shape, device)
         }
     }
 }
@@ -129,4 +181,33 @@ fn vector_tensor<T: Float>(raw: &RawTensor, values: Vec<f32>) -> Result<Tensor> 
     }
     let len = values.len();
     Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(T::DTYPE)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::folder::ModelFolder;
+
+    /// What a device is given is tried on the CPU, in the same code.
+    #[test]
+    fn weights_that_a_device_quantises_are_those_of_the_file() -> Result<()> {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        let names = ["tiny-bloom", "random/bloom-residual", "random/bloom-bin", "bnb/bloom/bnb_int8"];
+        for name in names {
+            let checkpoint = Checkpoint::open(&ModelFolder::open(fixtures.join(name))?)?;
+            let matrices = checkpoint.tensors.keys().filter_map(|name| checkpoint.tensor(name));
+            let matrices: Vec<_> = matrices.filter(|raw| raw.shape.len() == 2).collect();
+            assert!(matrices.len() > 4, "{name}");
+            for raw in matrices {
+                let label = format!("{name}: {} {:?}", raw.name, raw.dtype);
+                let tensor = StoredTensor { raw, checkpoint: &checkpoint };
+                let (found, wanted) = (tensor.int8_matrix_on(&Device::Cpu)?, tensor.int8_matrix(&Device::Cpu)?);
+                assert_eq!(found.codes()?.to_vec2::<u8>()?, wanted.codes()?.to_vec2::<u8>()?, "{label}");
+                assert_eq!(found.scales().to_vec1::<f32>()?, wanted.scales().to_vec1::<f32>()?, "{label}");
+            }
+        }
+        Ok(())
+    }
 }

@@ -44,7 +44,7 @@ pub fn load_model(name: &str, precision: Precision) -> Loaded {
 }
 
 pub fn load_folder(folder: &Path, precision: Precision) -> Loaded {
-    load(&ModelFolder::open(folder).unwrap(), &LoadOptions { precision, progress: None }).unwrap()
+    load(&ModelFolder::open(folder).unwrap(), &LoadOptions { precision, ..LoadOptions::default() }).unwrap()
 }
 
 pub fn int8(threshold: Option<f32>) -> Precision {

@@ -10,12 +10,12 @@ use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
-use int8_models::{Footprint, LongestContext, ModelFolder, Precision, published};
+use int8_models::{Device, Footprint, LongestContext, ModelFolder, Precision, published};
 
 use super::model;
 use crate::args::{BenchArgs, MachineArgs, PrecisionArgs, PrecisionName};
 use crate::failure::{self, Failure};
-use crate::{interrupt, output};
+use crate::{device, interrupt, output};
 use measure::{Bench, Test};
 use report::{Load, Row};
 
@@ -75,8 +75,8 @@ fn precisions(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<Vec<Prec
 /// Measures each number of threads in a process of its own, as a pool of threads is started once; each has
 /// its own memory peak, too. The exit code when one has failed, which it has told.
 fn in_processes_of_their_own(args: &BenchArgs, threads: &[u16]) -> anyhow::Result<Result<Vec<Row>, ExitCode>> {
-    // What is not here is fetched once.
-    folder(args)?;
+    // What is not here is fetched once. The device is closed again: each process opens it for itself.
+    folder(args, &device::open(args.processor.device, args.output.quiet)?)?;
     let program = std::env::current_exe().context("the program cannot find itself")?;
     let mut rows = Vec::new();
     for count in threads {
@@ -96,14 +96,14 @@ fn in_processes_of_their_own(args: &BenchArgs, threads: &[u16]) -> anyhow::Resul
 
 /// Measures everything with one number of threads.
 fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
-    model::set_up(&MachineArgs { processor: args.processor.clone(), threads })?;
-    let folder = folder(args)?;
+    let device = model::set_up(&MachineArgs { processor: args.processor.clone(), threads }, &args.output)?;
+    let folder = folder(args, &device)?;
     interrupt::listen(args.output.quiet);
     let (tests, precisions) = (tests(args), precisions(args, &folder)?);
 
     let mut measured = Vec::new();
     for precision in &precisions {
-        let (load, figures) = measure_precision(args, &folder, precision, &tests)?;
+        let (load, figures) = measure_precision(args, &folder, precision, &device, &tests)?;
         measured.push((precision, load, figures));
     }
     let name = model::name(&args.model);
@@ -118,12 +118,13 @@ fn measure_precision(
     args: &BenchArgs,
     folder: &ModelFolder,
     precision: &Precision,
+    device: &Device,
     tests: &[Test],
 ) -> anyhow::Result<(Load, Vec<measure::Figures>)> {
-    output::reset_peak_rss();
+    device::reset_peaks(device)?;
     let loaded = match args.dummy_weights {
-        true => model::load_dummy_with_progress(folder, precision.clone(), &args.output)?,
-        false => model::load_with_progress(folder, precision.clone(), &args.output)
+        true => model::load_dummy_with_progress(folder, precision.clone(), device, &args.output)?,
+        false => model::load_with_progress(folder, precision.clone(), device, &args.output)
             .map_err(|error| with_dummy_hint(error, !weights_are_missing(folder)))?,
     };
     let load = Load::new(args.dummy_weights, &loaded);
@@ -146,15 +147,15 @@ fn measure_precision(
 }
 
 /// The folder of the model; for random weights its config alone.
-fn folder(args: &BenchArgs) -> anyhow::Result<ModelFolder> {
+fn folder(args: &BenchArgs, device: &Device) -> anyhow::Result<ModelFolder> {
     if args.dummy_weights {
         let (folder, _) = model::config_folder(&args.model, args.output.quiet)?;
-        check_model(args, &folder)?;
+        check_model(args, &folder, device)?;
         return Ok(folder);
     }
     let is_published =
         args.model.model.as_ref().and_then(|model| model.to_str()).is_some_and(|id| published(id).is_some());
-    let folder = model::folder(&args.model, &args.output, |folder| check_model(args, folder));
+    let folder = model::folder(&args.model, &args.output, |folder| check_model(args, folder, device));
     folder.map_err(|error| with_dummy_hint(error, !is_published))
 }
 
@@ -175,7 +176,7 @@ fn with_dummy_hint(error: anyhow::Error, beside_the_point: bool) -> anyhow::Erro
 
 /// An error when the model in `folder` has not as many positions as a test takes, or when there is too
 /// little memory for it.
-fn check_model(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<()> {
+fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyhow::Result<()> {
     let tests = tests(args);
     let longest = tests.iter().map(Test::tokens).max().unwrap_or(0);
     if let LongestContext::Positions(positions) = Footprint::of(folder)?.longest_context()
@@ -185,7 +186,7 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<()> {
         return Err(failure.with_hint("lower --prompt-len, --context or --gen-len").into());
     }
     let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
-    precisions(args, folder)?
-        .into_iter()
-        .try_for_each(|precision| model::check_memory(cached, args.cache, folder, &[precision], &args.processor))
+    precisions(args, folder)?.into_iter().try_for_each(|precision| {
+        model::check_memory(cached, args.cache, folder, &[precision], &args.processor, device)
+    })
 }

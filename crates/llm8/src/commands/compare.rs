@@ -9,14 +9,14 @@ use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{Agreement, CausalLm, Loaded, ModelFolder, Precision, TextCodec, generate, score};
+use int8_models::{Agreement, CausalLm, Device, Loaded, ModelFolder, Precision, TextCodec, generate, score};
 
 use super::model;
 use super::prompt::Prompt;
 use super::report::Report as Run;
 use crate::args::{BaselineName, CompareArgs};
 use crate::failure::Failure;
-use crate::{interrupt, output};
+use crate::{device, interrupt, output};
 use report::Report;
 
 /// What is compared when there is no prompt.
@@ -28,7 +28,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         output::check_writable(file)?;
     }
     let prompt = Prompt::read_or(&args.prompt, SAMPLE, &args.output)?;
-    model::set_up(&args.machine)?;
+    let device = model::set_up(&args.machine, &args.output)?;
     let baseline = match args.baseline {
         BaselineName::F16 => Precision::F16,
         BaselineName::Bf16 => Precision::BF16,
@@ -39,13 +39,14 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         let both = [baseline.clone(), int8];
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
-        model::check_memory(model::CONTEXT, args.cache, folder, at_once, &args.machine.processor)
+        model::check_memory(model::CONTEXT, args.cache, folder, at_once, &args.machine.processor, &device)
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
     interrupt::listen(args.output.quiet);
-    let session = Session { args: &args, folder: &folder, text: text.as_ref(), prompt_ids: &prompt_ids };
+    let session =
+        Session { args: &args, folder: &folder, device: &device, text: text.as_ref(), prompt_ids: &prompt_ids };
 
     let (reference, loaded) = session.run(baseline.clone())?;
     let mut logits = tempfile::tempfile().context("a temporary file for the logits")?;
@@ -70,6 +71,7 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
 struct Session<'a> {
     args: &'a CompareArgs,
     folder: &'a ModelFolder,
+    device: &'a Device,
     text: Option<&'a TextCodec>,
     prompt_ids: &'a [u32],
 }
@@ -77,8 +79,8 @@ struct Session<'a> {
 impl Session<'_> {
     /// Loads the model and generates; the memory peak is this run's own.
     fn run(&self, precision: Precision) -> anyhow::Result<(Run, Loaded)> {
-        output::reset_peak_rss();
-        let loaded = model::load_with_progress(self.folder, precision.clone(), &self.args.output)?;
+        device::reset_peaks(self.device)?;
+        let loaded = model::load_with_progress(self.folder, precision.clone(), self.device, &self.args.output)?;
         let options = model::generate_options(&self.args.sampling, self.args.cache, &loaded);
         let mut generation = generate(loaded.model.as_ref(), self.prompt_ids, &options)?;
         generation.by_ref().try_for_each(|id| id.map(drop))?;

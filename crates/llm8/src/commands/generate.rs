@@ -15,16 +15,16 @@ use crate::{interrupt, output};
 pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     model::check_flags(&args.precision)?;
     let prompt = Prompt::read(&args.prompt)?;
-    model::set_up(&args.machine)?;
+    let device = model::set_up(&args.machine, &args.output)?;
     let check = |folder: &ModelFolder| {
         let precision = model::precision(&args.precision, folder)?;
-        model::check_memory(model::CONTEXT, args.cache, folder, &[precision], &args.machine.processor)
+        model::check_memory(model::CONTEXT, args.cache, folder, &[precision], &args.machine.processor, &device)
     };
     let folder = model::folder(&args.model, &args.output, check)?;
     let precision = model::precision(&args.precision, &folder)?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
-    let loaded = model::load_with_progress(&folder, precision.clone(), &args.output)?;
+    let loaded = model::load_with_progress(&folder, precision.clone(), &device, &args.output)?;
     interrupt::listen(args.output.quiet);
 
     let mut generation =

@@ -4,26 +4,36 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use int8_models::{
-    CacheDtype, Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, LongestContext, ModelFolder, Precision,
-    Progress, architecture, load, load_dummy, published, stored_int8,
+    CacheDtype, Device, Footprint, GenerateOptions, Int8Options, LoadOptions, Loaded, LongestContext, ModelFolder,
+    Precision, Progress, architecture, load, load_dummy, published, stored_int8,
 };
 use int8_ops::cpu::Kernels;
+use int8_ops::device::label;
 
 use crate::args::{
-    CacheArgs, CacheDtypeName, Device, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs,
+    CacheArgs, CacheDtypeName, DeviceName, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs,
     PrecisionName, ProcessorArgs, SamplingArgs,
 };
 use crate::demo;
 use crate::failure::Failure;
 use crate::hub::{self, Hub, RemoteFiles};
-use crate::{interrupt, machine, output};
+use crate::{device, interrupt, output};
 
-/// Sets up threads and kernels as the arguments say.
-pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
-    if let Device::Cuda(_) = args.processor.device {
-        let failure = Failure::new("this llm8 has no CUDA support");
-        return Err(failure.with_hint("leave out --device, or give --device cpu").into());
+/// Sets up threads, kernels and the device as the arguments say.
+pub fn set_up(args: &MachineArgs, output: &OutputArgs) -> anyhow::Result<Device> {
+    set_up_cpu(args)?;
+    Ok(device::open(args.processor.device, output.quiet)?)
+}
+
+/// The same for what runs on the CPU alone; an error where the arguments say otherwise.
+pub fn set_up_cpu_alone(args: &MachineArgs, command: &str) -> anyhow::Result<()> {
+    if let DeviceName::Cuda(_) = args.processor.device {
+        return Err(Failure::usage(format!("{command} runs on the CPU: --device cuda does not belong to it")).into());
     }
+    set_up_cpu(args)
+}
+
+fn set_up_cpu(args: &MachineArgs) -> anyhow::Result<()> {
     if let Some(threads) = args.threads {
         // SAFETY: nothing has started a thread yet. The variable is read by rayon's pool, which our
         // kernels use, and by candle's own, when each is first used; candle offers no other way.
@@ -153,15 +163,16 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
 /// Tokens whose keys and values a model should have memory for, unless it is known how many there will be.
 pub const CONTEXT: usize = 2048;
 
-/// An error when the memory that is free is too little for the model in `folder`, with so many tokens in such a
-/// cache, at these precisions at once, unless the arguments say to go on; it names a precision, and a cache,
-/// that would fit.
+/// An error when the memory that is free on the device is too little for the model in `folder`, with so many
+/// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a precision,
+/// and a cache, that would fit.
 pub fn check_memory(
     tokens: usize,
     cache: CacheArgs,
     folder: &ModelFolder,
     precisions: &[Precision],
     args: &ProcessorArgs,
+    device: &Device,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
     let tokens = match footprint.longest_context() {
@@ -173,7 +184,7 @@ pub fn check_memory(
     };
     let needs = |precision: &Precision| with_cache(precision, cache.dtype.into());
     let needed: u64 = precisions.iter().map(needs).sum();
-    let Some(memory) = machine::memory().filter(|memory| needed > memory.available && !args.force) else {
+    let Some(free) = device::free_memory(device).filter(|free| needed > *free && !args.force) else {
         return Ok(());
     };
     let int8 = |head| Precision::Int8(Int8Options { head, ..Int8Options::default() });
@@ -183,9 +194,8 @@ pub fn check_memory(
         ("--precision int8 --int8-head", int8(true)),
     ];
     let least = with_cache(&int8(true), CacheDtype::F16);
-    let apart =
-        precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= memory.available);
-    let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= memory.available);
+    let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
+    let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= free);
     let hint = match smaller {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, precision)) => {
@@ -197,9 +207,12 @@ pub fn check_memory(
             format!("int8 with an int8 head and a cache in f16, which is the least, needs {least}")
         }
     };
+    let is_roomier = !device.is_cpu() && device::free_memory(&Device::Cpu).is_some_and(|free| needed <= free);
+    let hint = if is_roomier { format!("{hint}; with --device cpu it would fit") } else { hint };
     let names = precisions.iter().map(Precision::name).collect::<Vec<_>>().join(" and ");
-    let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(memory.available));
-    let message = format!("{}: {names} needs {needed} of memory, but {free} is free", folder.path().display());
+    let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(free));
+    let place = if device.is_cpu() { String::new() } else { format!(" on {}", label(device)) };
+    let message = format!("{}: {names} needs {needed} of memory{place}, but {free} is free", folder.path().display());
     Err(Failure::new(message).with_hint(format!("{hint}; --force goes on all the same")).into())
 }
 
@@ -236,22 +249,29 @@ pub fn progress_bar(what: &str, output: &OutputArgs) -> anyhow::Result<(Progress
 
 /// Loads the model, with a progress bar on a terminal. Ctrl-C ends the program between two tensors: there
 /// is nothing yet to be kept.
-pub fn load_with_progress(folder: &ModelFolder, precision: Precision, output: &OutputArgs) -> anyhow::Result<Loaded> {
-    with_progress("loading", precision, output, |options| load(folder, options))
+pub fn load_with_progress(
+    folder: &ModelFolder,
+    precision: Precision,
+    device: &Device,
+    output: &OutputArgs,
+) -> anyhow::Result<Loaded> {
+    with_progress("loading", precision, device, output, |options| load(folder, options))
 }
 
 /// Makes the model with random weights, with a progress bar on a terminal, and Ctrl-C as above.
 pub fn load_dummy_with_progress(
     folder: &ModelFolder,
     precision: Precision,
+    device: &Device,
     output: &OutputArgs,
 ) -> anyhow::Result<Loaded> {
-    with_progress("drawing", precision, output, |options| load_dummy(folder, options))
+    with_progress("drawing", precision, device, output, |options| load_dummy(folder, options))
 }
 
 fn with_progress(
     what: &str,
     precision: Precision,
+    device: &Device,
     output: &OutputArgs,
     load: impl FnOnce(&LoadOptions) -> int8_models::Result<Loaded>,
 ) -> anyhow::Result<Loaded> {
@@ -264,7 +284,7 @@ fn with_progress(
         }
         progress(loaded);
     };
-    let loaded = load(&LoadOptions { precision, progress: Some(Box::new(progress)) });
+    let loaded = load(&LoadOptions { precision, device: device.clone(), progress: Some(Box::new(progress)) });
     bar.finish_and_clear();
     let loaded = loaded?;
     if output.verbose {
@@ -272,6 +292,9 @@ fn with_progress(
             output::say(&format!("{:>10}  {}", output::bytes(entry.bytes), entry.name));
         }
         output::say(&format!("{} threads, {} kernels", rayon::current_num_threads(), Kernels::active().name));
+        if let Some(line) = device::describe(device) {
+            output::say(&line);
+        }
     }
     Ok(loaded)
 }

@@ -1,6 +1,7 @@
 //! One run of a model in figures: ids, text, times, bytes.
 
 use int8_models::{FinishReason, Generation, Loaded, Precision};
+use int8_ops::device;
 use serde::Serialize;
 
 use crate::output;
@@ -10,6 +11,10 @@ use crate::output;
 pub struct Report {
     pub model: String,
     pub precision: &'static str,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// What a CUDA device calls itself; null for the CPU.
+    pub device_name: Option<String>,
     pub prompt_ids: Vec<u32>,
     pub ids: Vec<u32>,
     pub text: String,
@@ -34,6 +39,10 @@ pub struct Memory {
     pub kv_cache_bytes: usize,
     /// Null where the system does not tell.
     pub peak_rss_bytes: Option<usize>,
+    /// What the weights have taken on a CUDA device, as it counts; null on the CPU.
+    pub device_bytes: Option<usize>,
+    /// The most that was taken there at a time.
+    pub peak_device_bytes: Option<usize>,
 }
 
 impl Report {
@@ -45,10 +54,13 @@ impl Report {
         loaded: &Loaded,
         generation: &Generation,
     ) -> Self {
+        let device = loaded.model.device();
         let (prompt, decode) = (generation.prompt_duration(), generation.generation_duration());
         Self {
             model: model.to_string(),
             precision: precision.name(),
+            device: device::label(device),
+            device_name: device::name(device),
             prompt_ids: prompt_ids.to_vec(),
             ids: generation.ids().to_vec(),
             text,
@@ -66,6 +78,8 @@ impl Report {
                 weight_bytes_f16: loaded.ledger.bytes_at_16_bits(),
                 kv_cache_bytes: generation.kv_cache_bytes(),
                 peak_rss_bytes: output::peak_rss_bytes(),
+                device_bytes: loaded.device_bytes,
+                peak_device_bytes: device::peak_bytes(device),
             },
         }
     }
@@ -77,10 +91,11 @@ impl Report {
             "int8" => format!(" ({:.2}x smaller than 16-bit)", weight_bytes_f16 as f64 / weight_bytes as f64),
             _ => String::new(),
         };
+        let device = if self.device == "cpu" { String::new() } else { format!(" on {}", self.device) };
         let tokens = |count: usize| if count == 1 { "1 token".to_string() } else { format!("{count} tokens") };
         let rate = |rate: f64| if rate > 0.0 { format!(", {rate:.1} tokens/s") } else { String::new() };
         format!(
-            "{} weights {}{ratio} · prompt {}{} · generated {}{} · {}",
+            "{} weights {}{ratio}{device} · prompt {}{} · generated {}{} · {}",
             self.precision,
             output::bytes(weight_bytes),
             tokens(self.prompt_ids.len()),

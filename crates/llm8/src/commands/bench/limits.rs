@@ -1,35 +1,68 @@
-//! The limits of this machine, with the threads and kernels that the model runs with.
+//! The limits of this machine, with the threads and kernels that the model runs with, or of a CUDA device.
 
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
-use int8_models::{CausalLm, Error};
+use int8_models::{CausalLm, Device, Error};
 use int8_ops::cpu::limits::int8_dot_peak;
+use int8_ops::device;
 
 /// What the machine can do at best.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes a second.
-    pub read_bandwidth: f64,
-    /// Operations a second; `None` where the kernels' instruction set has no dot product of codes.
+    /// Bytes of the weights that are read a second; `None` on a CUDA device.
+    pub read_bandwidth: Option<f64>,
+    /// Bytes that a copy in a CUDA device's memory reads and writes a second; `None` on the CPU, and where the
+    /// device has too little room to copy.
+    pub copy_bandwidth: Option<f64>,
+    /// Operations a second; `None` where the kernels' instruction set has no dot product of codes, and on a CUDA
+    /// device.
     pub int8_dot_peak: Option<f64>,
 }
+
+/// Bytes that are copied on a CUDA device, from the least that tells something: more than its cache holds, and
+/// than starting a copy costs.
+const COPY_BYTES: RangeInclusive<usize> = 1 << 28..=1 << 30;
 
 impl Limits {
     /// What the machine gives at this moment. Memory is read where the model's weights are: other work on the
     /// machine, and what pages a program has been given, make twice as much or half of it.
     pub fn measure(model: &dyn CausalLm) -> Result<Self, Error> {
+        if !model.device().is_cpu() {
+            return Self::of_device(model.device());
+        }
         let start = Instant::now();
         let bytes = model.read_weights()?;
-        let read_bandwidth = bytes as f64 / start.elapsed().as_secs_f64();
-        Ok(Self { read_bandwidth, int8_dot_peak: int8_dot_peak(rayon::current_num_threads()) })
+        let read_bandwidth = Some(bytes as f64 / start.elapsed().as_secs_f64());
+        let int8_dot_peak = int8_dot_peak(rayon::current_num_threads());
+        Ok(Self { read_bandwidth, copy_bandwidth: None, int8_dot_peak })
+    }
+
+    fn of_device(device: &Device) -> Result<Self, Error> {
+        let free = device::memory(device)?.map_or(0, |memory| memory.free);
+        // The copy takes twice its bytes, and must leave some.
+        let bytes = (free / 4).min(*COPY_BYTES.end());
+        let has_room = COPY_BYTES.contains(&bytes);
+        let copy_bandwidth = if has_room { device::copy_bandwidth(device, bytes)? } else { None };
+        Ok(Self { read_bandwidth: None, copy_bandwidth, int8_dot_peak: None })
+    }
+
+    /// What limits the reading of weights, and the bytes a second.
+    pub fn bandwidth(&self) -> Option<(&'static str, f64)> {
+        let read = self.read_bandwidth.map(|bytes| ("read_bandwidth", bytes));
+        read.or(self.copy_bandwidth.map(|bytes| ("copy_bandwidth", bytes)))
     }
 
     /// The median of each.
     pub fn median(all: &[Self]) -> Self {
-        let dot_peaks: Vec<f64> = all.iter().filter_map(|limits| limits.int8_dot_peak).collect();
+        let of = |limit: fn(&Self) -> Option<f64>| {
+            let values: Vec<f64> = all.iter().filter_map(limit).collect();
+            (!values.is_empty()).then(|| median(values))
+        };
         Self {
-            read_bandwidth: median(all.iter().map(|limits| limits.read_bandwidth).collect()),
-            int8_dot_peak: (!dot_peaks.is_empty()).then(|| median(dot_peaks)),
+            read_bandwidth: of(|limits| limits.read_bandwidth),
+            copy_bandwidth: of(|limits| limits.copy_bandwidth),
+            int8_dot_peak: of(|limits| limits.int8_dot_peak),
         }
     }
 }

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use int8_models::{CacheDtype, CausalLm, Error, KvCache};
+use int8_ops::device::{peak_bytes, synchronize};
 
 use super::limits::{Limits, median};
 use crate::failure::Failure;
-use crate::{interrupt, output};
+use crate::{device, interrupt, output};
 
 /// Tokens that warm up before tokens are generated one by one.
 const WARM_UP: usize = 4;
@@ -59,10 +60,12 @@ pub struct Figures {
     pub cache_dtype: CacheDtype,
     /// Of each repetition.
     pub seconds: Vec<f64>,
-    /// Those of the machine, measured before each repetition.
+    /// Those of the machine, measured before each repetition; of a CUDA device, before the test.
     pub limits: Limits,
     /// The process's largest memory while the test ran.
     pub peak_rss_bytes: Option<usize>,
+    /// The most that was taken on a CUDA device while the test ran.
+    pub peak_device_bytes: Option<usize>,
 }
 
 /// A figure of several repetitions.
@@ -108,7 +111,13 @@ impl Bench<'_> {
     /// Runs a test as often as asked for, after a run that warms up. Token ids are drawn at random, the same
     /// at every run.
     pub fn measure(&self, test: &Test) -> anyhow::Result<Figures> {
-        output::reset_peak_rss();
+        let device = self.model.device();
+        let mut limits = Vec::new();
+        if !device.is_cpu() {
+            // What is copied would count as the test's memory. Nothing else runs there, as on a CPU.
+            limits.push(Limits::measure(self.model)?);
+        }
+        device::reset_peaks(device)?;
         let mut random = Rng::with_seed(0);
         let mut cache = self.empty_cache();
         let batch = test.batch();
@@ -118,14 +127,17 @@ impl Bench<'_> {
             self.step(&self.ids(batch * context, &mut random), batch, &mut cache)?;
         }
         self.run(test, &mut cache, WARM_UP, &mut random)?;
-        let (mut seconds, mut limits) = (Vec::new(), Vec::new());
+        let mut seconds = Vec::new();
         for _ in 0..self.repetitions {
-            limits.push(Limits::measure(self.model)?);
+            if device.is_cpu() {
+                limits.push(Limits::measure(self.model)?);
+            }
             seconds.push(self.run(test, &mut cache, usize::MAX, &mut random)?.as_secs_f64());
         }
         let peak_rss_bytes = output::peak_rss_bytes();
+        let peak_device_bytes = peak_bytes(device);
         let limits = Limits::median(&limits);
-        Ok(Figures { test: *test, cache_dtype: self.cache_dtype, seconds, limits, peak_rss_bytes })
+        Ok(Figures { test: *test, cache_dtype: self.cache_dtype, seconds, limits, peak_rss_bytes, peak_device_bytes })
     }
 
     /// One repetition, of at most `tokens` tokens where they are generated.
@@ -139,10 +151,13 @@ impl Bench<'_> {
             Test::Prefill { .. } => *cache = self.empty_cache(),
             Test::Decode { context, .. } => cache.truncate(context),
         }
+        let synchronize = || synchronize(self.model.device()).map_err(Error::from);
+        synchronize()?;
         let start = Instant::now();
         for _ in 0..steps {
             self.step(&self.ids(batch * per_step, random), batch, cache)?;
         }
+        synchronize()?;
         Ok(start.elapsed())
     }
 

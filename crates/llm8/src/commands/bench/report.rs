@@ -2,6 +2,7 @@
 
 use int8_models::{Loaded, Precision};
 use int8_ops::cpu::Kernels;
+use int8_ops::device;
 use serde::{Deserialize, Serialize};
 
 use super::measure::{Figures, Test};
@@ -17,6 +18,10 @@ pub struct Row {
     pub int8_head: bool,
     /// What keys and values are cached in: `f16` or `f32`.
     pub cache_dtype: String,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// What a CUDA device calls itself; null for the CPU.
+    pub device_name: Option<String>,
     pub threads: usize,
     pub instruction_set: String,
     /// `prefill` or `decode`.
@@ -37,7 +42,7 @@ pub struct Row {
     pub limit: Option<f64>,
     /// The median's.
     pub share_of_limit: Option<f64>,
-    /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it.
+    /// `int8_dot_peak` for a prompt; `read_bandwidth` for the tokens after it, on a CUDA device `copy_bandwidth`.
     pub limited_by: Option<String>,
     /// From a prompt to the logits of its first token; null in `decode`.
     pub first_token_seconds: Option<f64>,
@@ -48,14 +53,20 @@ pub struct Row {
     pub load_peak_rss_bytes: Option<usize>,
     /// While the test ran.
     pub peak_rss_bytes: Option<usize>,
+    /// What the weights have taken on a CUDA device, as it counts; null on the CPU, as the next.
+    pub device_bytes: Option<usize>,
+    /// The most that was taken there at a time while the test ran.
+    pub peak_device_bytes: Option<usize>,
     pub weight_bytes: usize,
     /// The bytes of weights that a step reads: all but tables that are looked up.
     pub weight_bytes_per_token: usize,
     /// Two for each product of codes, those of the head aside.
     pub int8_operations_per_token: usize,
-    /// Bytes of the model's weights that are read a second, where nothing else is done.
-    pub read_bandwidth: f64,
-    /// Operations a second; null where the instruction set has no dot product of codes.
+    /// Bytes of the model's weights that are read a second, where nothing else is done; null on a CUDA device.
+    pub read_bandwidth: Option<f64>,
+    /// Bytes that a copy within a CUDA device's memory reads and writes a second; null on the CPU.
+    pub copy_bandwidth: Option<f64>,
+    /// Operations a second; null where the instruction set has no dot product of codes, and on a CUDA device.
     pub int8_dot_peak: Option<f64>,
 }
 
@@ -63,8 +74,11 @@ pub struct Row {
 #[derive(Debug)]
 pub struct Load {
     dummy_weights: bool,
+    device: String,
+    device_name: Option<String>,
     seconds: f64,
     peak_rss_bytes: Option<usize>,
+    device_bytes: Option<usize>,
     weight_bytes: usize,
     weight_bytes_per_token: usize,
     int8_operations_per_token: usize,
@@ -75,8 +89,11 @@ impl Load {
     pub fn new(dummy_weights: bool, loaded: &Loaded) -> Self {
         Self {
             dummy_weights,
+            device: device::label(loaded.model.device()),
+            device_name: device::name(loaded.model.device()),
             seconds: loaded.duration.as_secs_f64(),
             peak_rss_bytes: output::peak_rss_bytes(),
+            device_bytes: loaded.device_bytes,
             weight_bytes: loaded.ledger.bytes(),
             weight_bytes_per_token: loaded.ledger.bytes_per_token(),
             int8_operations_per_token: 2 * loaded.ledger.int8_products_per_token(),
@@ -98,8 +115,9 @@ impl Row {
                 ("prefill", prompt_len, 0, 0, limit, "int8_dot_peak")
             }
             Test::Decode { context, gen_len, .. } => {
-                let steps = limits.read_bandwidth / load.weight_bytes_per_token as f64;
-                ("decode", 0, gen_len, context, Some(steps * batch as f64), "read_bandwidth")
+                let (limited_by, bandwidth) = limits.bandwidth().unzip();
+                let limit = bandwidth.map(|bytes| bytes / load.weight_bytes_per_token as f64 * batch as f64);
+                ("decode", 0, gen_len, context, limit, limited_by.unwrap_or_default())
             }
         };
         let is_prefill = gen_len == 0;
@@ -109,6 +127,8 @@ impl Row {
             precision: precision.name().to_string(),
             int8_head: matches!(precision, Precision::Int8(options) if options.head),
             cache_dtype: figures.cache_dtype.name().to_string(),
+            device: load.device.clone(),
+            device_name: load.device_name.clone(),
             threads: rayon::current_num_threads(),
             instruction_set: Kernels::active().name.to_string(),
             test: test.to_string(),
@@ -129,10 +149,13 @@ impl Row {
             load_seconds: load.seconds,
             load_peak_rss_bytes: load.peak_rss_bytes,
             peak_rss_bytes: figures.peak_rss_bytes,
+            device_bytes: load.device_bytes,
+            peak_device_bytes: figures.peak_device_bytes,
             weight_bytes: load.weight_bytes,
             weight_bytes_per_token: load.weight_bytes_per_token,
             int8_operations_per_token: load.int8_operations_per_token,
             read_bandwidth: limits.read_bandwidth,
+            copy_bandwidth: limits.copy_bandwidth,
             int8_dot_peak: limits.int8_dot_peak,
         }
     }

@@ -44,7 +44,11 @@ fn heading_line(rows: &[Row]) -> String {
     let Some(row) = rows.first() else { return String::new() };
     let weights = if row.dummy_weights { ", random weights" } else { "" };
     let runs = if row.repetitions == 1 { "1 run".to_string() } else { format!("medians of {} runs", row.repetitions) };
-    format!("{}{weights}, {runs}", row.model)
+    let device = match &row.device_name {
+        Some(name) => format!(" on {}, {name}", row.device),
+        None => String::new(),
+    };
+    format!("{}{weights}, {runs}{device}", row.model)
 }
 
 fn precision(row: &Row) -> String {
@@ -70,8 +74,13 @@ fn loads(rows: &[Row]) -> String {
             (Some(load), Some(peak)) => format!(", peak memory {}, then {}", bytes(load), bytes(peak)),
             _ => String::new(),
         };
+        let device_peak = group.iter().filter_map(|row| row.peak_device_bytes).max();
+        let on_device = match (row.device_bytes, device_peak) {
+            (Some(weights), Some(peak)) => format!(", {} on {}, at most {}", bytes(weights), row.device, bytes(peak)),
+            _ => String::new(),
+        };
         lines.push(format!(
-            "{}, {}: {} of weights loaded in {}, {} read for each token{peaks}",
+            "{}, {}: {} of weights loaded in {}, {} read for each token{peaks}{on_device}",
             precision(row),
             threads(row.threads),
             bytes(row.weight_bytes),
@@ -87,9 +96,15 @@ fn limits(rows: &[Row]) -> String {
     let groups = rows.chunk_by(|one, other| one.threads == other.threads);
     let lines = groups.map(|group| {
         let row = &group[0];
-        let bandwidth = precise_bytes(median(group.iter().map(|row| row.read_bandwidth).collect()) as u64);
-        let dots = group.iter().map(|row| row.int8_dot_peak).collect::<Option<_>>().map(median);
-        let dots = dots.map_or(String::new(), |peak| {
+        let median_of = |figure: fn(&Row) -> Option<f64>| group.iter().map(figure).collect::<Option<_>>().map(median);
+        let bytes = |bandwidth: f64| precise_bytes(bandwidth as u64);
+        let Some(bandwidth) = median_of(|row| row.read_bandwidth).map(bytes) else {
+            let copied = median_of(|row| row.copy_bandwidth).map_or("not measured".to_string(), |bandwidth| {
+                format!("a copy reads and writes {} a second", bytes(bandwidth))
+            });
+            return format!("limits of {}: {copied}", row.device);
+        };
+        let dots = median_of(|row| row.int8_dot_peak).map_or(String::new(), |peak| {
             format!(" and {} billion int8 operations", thousands((peak / 1e9).round() as u64))
         });
         format!("limits of {}, {}: reads {bandwidth}{dots} a second", threads(row.threads), row.instruction_set)

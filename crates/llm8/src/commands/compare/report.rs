@@ -43,7 +43,7 @@ impl Report {
     pub fn lines(&self) -> Vec<(&'static str, [String; 2])> {
         let both = |figure: &dyn Fn(&Run) -> String| [figure(&self.f16), figure(&self.int8)];
         let bytes = |bytes: usize| crate::output::bytes(bytes);
-        vec![
+        let mut lines = vec![
             ("weights", both(&|run| bytes(run.memory.weight_bytes))),
             (
                 "smaller",
@@ -53,7 +53,12 @@ impl Report {
             ("load", both(&|run| format!("{:.2} s", run.timings.load_seconds))),
             ("prompt", both(&|run| format!("{:.1} tokens/s", run.timings.prompt_tokens_per_second))),
             ("generation", both(&|run| format!("{:.1} tokens/s", run.timings.generation_tokens_per_second))),
-        ]
+        ];
+        if self.f16.memory.peak_device_bytes.is_some() {
+            let peak = both(&|run| run.memory.peak_device_bytes.map_or("unknown".to_string(), bytes));
+            lines.insert(3, ("peak device memory", peak));
+        }
+        lines
     }
 
     /// How far the two agree, line by line.

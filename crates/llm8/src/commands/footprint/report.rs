@@ -65,6 +65,8 @@ pub struct Report {
     pub needed_bytes: ByPrecision<u64>,
     /// Null where the system does not tell.
     pub machine: Option<Machine>,
+    /// The first CUDA device of this machine; null where there is none, or in a build without CUDA.
+    pub device: Option<LocalDevice>,
     pub gpus: Vec<Gpu>,
     /// Null where the weights are not here, or not all of them.
     pub disk: Option<Disk>,
@@ -96,6 +98,17 @@ pub struct Machine {
     pub total_bytes: u64,
     pub available_bytes: u64,
     /// Whether what is needed is available.
+    pub holds: ByPrecision<bool>,
+}
+
+/// A CUDA device of this machine.
+#[derive(Debug, Serialize)]
+pub struct LocalDevice {
+    /// What it calls itself.
+    pub name: String,
+    pub total_bytes: u64,
+    pub free_bytes: u64,
+    /// Whether what is needed is free.
     pub holds: ByPrecision<bool>,
 }
 
@@ -147,6 +160,12 @@ impl Report {
                 total_bytes: memory.total,
                 available_bytes: memory.available,
                 holds: ByPrecision::each(|precision| needed(precision) <= memory.available),
+            }),
+            device: machine::local_device().map(|(name, memory)| LocalDevice {
+                name,
+                total_bytes: memory.total as u64,
+                free_bytes: memory.free as u64,
+                holds: ByPrecision::each(|precision| needed(precision) <= memory.free as u64),
             }),
             gpus: machine::GPUS
                 .iter()

@@ -85,9 +85,13 @@ fn devices(report: &Report) -> String {
         let name = format!("this machine, {} free", precise_bytes(machine.available_bytes));
         (name, machine.holds.each_ref().map(|holds| if *holds { "yes" } else { "no" }.to_string()))
     });
+    let device = report.device.as_ref().map(|device| {
+        let name = format!("its {}, {} free", device.name, precise_bytes(device.free_bytes));
+        (name, device.holds.each_ref().map(|holds| if *holds { "yes" } else { "no" }.to_string()))
+    });
     let gpus =
         report.gpus.iter().map(|gpu| (gpu.name.to_string(), gpu.needed.each_ref().map(|count| count_of(*count))));
-    by_precision([Some(needed), machine].into_iter().flatten().chain(gpus))
+    by_precision([Some(needed), machine, device].into_iter().flatten().chain(gpus))
 }
 
 pub fn describe_needs(report: &Report) -> String {
