@@ -129,7 +129,7 @@ enum Method {
     /// Every block quantises them for itself.
     Fused,
     /// They have been quantised, in a launch of their own.
-    Quantized(Quantized),
+    Quantized(Box<Quantized>),
 }
 
 struct Quantized {
@@ -144,7 +144,7 @@ struct Quantized {
 impl Method {
     fn of(op: &Int8Matmul, input: &Input) -> Result<Self> {
         let is_fused = input.tokens <= FUSED_TOKENS && fused_bytes(input) <= FUSED_BYTES;
-        if is_fused { Ok(Self::Fused) } else { quantize(op, input).map(Self::Quantized) }
+        if is_fused { Ok(Self::Fused) } else { Ok(Self::Quantized(Box::new(quantize(op, input)?))) }
     }
 
     fn launch(&self, op: &Int8Matmul, input: &Input, product: &Product) -> Result<()> {

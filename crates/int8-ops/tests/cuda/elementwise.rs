@@ -1,4 +1,3 @@
-use candle_core::Tensor;
 use half::{bf16, f16};
 use int8_ops::{Activation, add};
 use proptest::prelude::*;

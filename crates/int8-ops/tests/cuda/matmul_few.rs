@@ -5,7 +5,7 @@ use int8_ops::{Activation, Int8Matrix, LayerNorm, add, int8_matmul};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, floats, launch, tensor};
+use super::support::{Float, cases, floats, launch, tensor};
 
 /// Values that a seed makes.
 struct Random(u64);
@@ -142,7 +142,7 @@ impl Case {
         if variant != Variant::Normed {
             for _ in 0..self.outliers {
                 let place = random.bits() as usize % values.len();
-                values[place] = if random.bits() % 2 == 0 { 6.0 } else { -70.5 };
+                values[place] = if random.bits().is_multiple_of(2) { 6.0 } else { -70.5 };
             }
         }
         let x: Vec<T> = floats(&values);
@@ -298,7 +298,7 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(5))]
+    #![proptest_config(cases(5))]
 
     #[test]
     fn few_tokens_are_multiplied_as_on_the_cpu(case in case()) {

@@ -4,7 +4,7 @@ use int8_ops::{Activation, Int8Matrix, int8_matmul};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, floats, launch, tensor};
+use super::support::{Float, cases, floats, launch, tensor};
 
 /// One of the kernels, and how it is launched.
 #[derive(Debug, Clone, Copy)]
@@ -283,7 +283,7 @@ fn what_follows_the_product_is_done_before_the_one_rounding() -> candle_core::Re
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(8))]
+    #![proptest_config(cases(8))]
 
     #[test]
     fn sizes_of_any_kind_are_right(
