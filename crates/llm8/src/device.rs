@@ -81,3 +81,30 @@ pub fn describe(device: &Device) -> Option<String> {
 fn first_line(error: &impl std::fmt::Display) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_missing_device_is_told_with_what_to_do() {
+        let cases = [
+            (DeviceError::NotBuilt, "--device cuda: this llm8 has no CUDA support"),
+            (DeviceError::NoDriver, "--device cuda:2: no NVIDIA driver is installed"),
+            (DeviceError::NoDevice, "--device cuda:2: the NVIDIA driver finds no CUDA device"),
+            (
+                DeviceError::NoSuchDevice { ordinal: 2, count: 1 },
+                "--device cuda:2: there is no CUDA device 2; 1 found, counted from 0",
+            ),
+            (
+                DeviceError::DriverTooOld { found: "12.4".to_string(), wanted: "13.0".to_string() },
+                "--device cuda:2: the NVIDIA driver is for CUDA 12.4, which is too old: wanted 13.0 or later",
+            ),
+        ];
+        for (error, message) in cases {
+            let failure = failure(2, &error);
+            assert_eq!(failure.to_string(), message);
+            assert!(failure.has_hint(), "{message}");
+        }
+    }
+}
