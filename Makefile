@@ -1,5 +1,5 @@
 # `make check` is what CI runs.
-.PHONY: check test kernels cuda-check sanitize cuda nightly bench golden
+.PHONY: check test kernels cuda-check sanitize cuda gpu gpu-pack nightly bench golden
 
 check:
 	cargo fmt --all --check
@@ -32,12 +32,20 @@ sanitize:
 		--config "target.'cfg(all())'.runner = ['env', 'LD_PRELOAD=$$(cc -print-file-name=libasan.so)']"
 
 # llm8 with the feature `cuda`, from a toolkit that it fetches. CUDA_COMPUTE_CAP is of Candle's kernels: 90 is Hopper.
-cuda: export CUDA_COMPUTE_CAP ?= 90
-cuda: export CUDARC_CUDA_VERSION := 13000
-cuda: export CUDAFORGE_THREADS ?= 2
+cuda gpu-pack: export CUDA_COMPUTE_CAP ?= 90
+cuda gpu-pack: export CUDARC_CUDA_VERSION := 13000
+cuda gpu-pack: export CUDAFORGE_THREADS ?= 2
+with_toolkit = CUDA_HOME="$$(kernels/toolkit.sh link)" && export CUDA_HOME PATH="$$CUDA_HOME/bin:$$PATH" &&
 cuda:
-	CUDA_HOME="$$(kernels/toolkit.sh link)" && export CUDA_HOME PATH="$$CUDA_HOME/bin:$$PATH" && \
-		cargo build --release --features cuda --locked
+	$(with_toolkit) cargo build --release --features cuda --locked
+
+# What checks and times llm8 on a machine with a GPU, Rust or not, in target/llm8-gpu.tar.gz.
+gpu-pack:
+	$(with_toolkit) tests/gpu/pack.sh
+
+# The same here, on a machine that has both.
+gpu: gpu-pack
+	target/llm8-gpu/run.sh
 
 # Peak memory and load time of a model of 2.6 GB; takes 8 GB of disk meanwhile.
 nightly:
