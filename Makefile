@@ -31,8 +31,9 @@ sanitize:
 	cargo test -p int8-ops --test cuda_kernels --locked --target-dir target/sanitize \
 		--config "target.'cfg(all())'.runner = ['env', 'LD_PRELOAD=$$(cc -print-file-name=libasan.so)']"
 
-# llm8 with the feature `cuda`, from a toolkit that it fetches. CUDA_COMPUTE_CAP is of Candle's kernels: 90 is Hopper.
-cuda gpu-pack: export CUDA_COMPUTE_CAP ?= 90
+# llm8 with the feature `cuda`, from a toolkit that it fetches. CUDA_COMPUTE_CAP is of Candle's
+# kernels, which run on chips from that one on: 80 is Ampere, 75 Turing.
+cuda gpu-pack: export CUDA_COMPUTE_CAP ?= 80
 cuda gpu-pack: export CUDARC_CUDA_VERSION := 13000
 cuda gpu-pack: export CUDAFORGE_THREADS ?= 2
 with_toolkit = CUDA_HOME="$$(kernels/toolkit.sh link)" && export CUDA_HOME PATH="$$CUDA_HOME/bin:$$PATH" &&

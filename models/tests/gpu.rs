@@ -71,18 +71,36 @@ fn products_are_those_of_the_cpu() -> Result<()> {
     let device = gpu();
     let shapes = [(768, 768), (1000, 250), (1024, 4096), (4096, 1024), (33, 17), (1027, 131), (16_384, 256)];
     for (cols, rows) in shapes {
-        let weight = Int8Matrix::quantize(&random(&[rows, cols], 0.5, DType::F32)?)?;
-        for (sequences, tokens) in [(1, 1), (8, 1), (2, 4), (1, 13), (3, 50), (1, 300)] {
-            for (dtype, rounding) in DTYPES {
-                for threshold in [Some(OUTLIER_THRESHOLD), None] {
-                    let x = random(&[sequences, tokens, cols], 3.0, dtype)?;
-                    let bias = random(&[rows], 1.0, DType::F16)?;
-                    let layer = Int8Linear::new(weight.clone(), Some(bias.clone()), threshold)?;
-                    let on_gpu =
-                        Int8Linear::new(weight.to_device(&device)?, Some(bias.to_device(&device)?), threshold)?;
-                    let label = format!("x ({sequences}, {tokens}, {cols}), {rows} rows, {dtype:?}, {threshold:?}");
-                    check(&label, &on_gpu.forward(&x.to_device(&device)?)?, &layer.forward(&x)?, rounding);
-                }
+        check_products(&device, cols, rows, &[(1, 1), (8, 1), (2, 4), (1, 13), (3, 50), (1, 300)])?;
+    }
+    // As many outputs as the larger tiles are for.
+    check_products(&device, 512, 4096, &[(1, 500)])?;
+    check_products(&device, 512, 8192, &[(1, 1100), (3, 400)])?;
+    check_products(&device, 333, 8200, &[(1, 1100)])
+}
+
+/// Few enough for compute-sanitizer, every kernel among them.
+#[test]
+#[ignore = "needs an NVIDIA GPU: make gpu"]
+fn small_products_are_those_of_the_cpu() -> Result<()> {
+    seeded();
+    let device = gpu();
+    check_products(&device, 250, 70, &[(1, 1), (2, 4), (1, 13), (2, 35)])?;
+    check_products(&device, 512, 300, &[(1, 1), (8, 1), (3, 5), (1, 70)])
+}
+
+/// x (sequences, tokens, cols), in every dtype, times a weight (rows, cols).
+fn check_products(device: &Device, cols: usize, rows: usize, sizes: &[(usize, usize)]) -> Result<()> {
+    let weight = Int8Matrix::quantize(&random(&[rows, cols], 0.5, DType::F32)?)?;
+    for &(sequences, tokens) in sizes {
+        for (dtype, rounding) in DTYPES {
+            for threshold in [Some(OUTLIER_THRESHOLD), None] {
+                let x = random(&[sequences, tokens, cols], 3.0, dtype)?;
+                let bias = random(&[rows], 1.0, DType::F16)?;
+                let layer = Int8Linear::new(weight.clone(), Some(bias.clone()), threshold)?;
+                let on_gpu = Int8Linear::new(weight.to_device(device)?, Some(bias.to_device(device)?), threshold)?;
+                let label = format!("x ({sequences}, {tokens}, {cols}), {rows} rows, {dtype:?}, {threshold:?}");
+                check(&label, &on_gpu.forward(&x.to_device(device)?)?, &layer.forward(&x)?, rounding);
             }
         }
     }
@@ -203,6 +221,7 @@ fn logits_of_the_fixtures_are_the_expected_ones() {
             let loaded = load_on(&device, name, precision.clone());
             for prompt in json(format!("golden/{name}/golden.json"))["prompts"].as_array().unwrap() {
                 let label = prompt["name"].as_str().unwrap();
+                let logits = if precision == Precision::F32 { f32_logits } else { logits };
                 let mut found = logits(loaded.model.as_ref(), &ids(&prompt["ids"]));
                 if let Some(at) = golden.get(&format!("logits_at.{label}")) {
                     found = found.index_select(at, 0).unwrap();

@@ -15,5 +15,8 @@ cp target/release/llm8 target/release/examples/layer_times tests/gpu/run.sh "$fo
 cp "$test" "$folder/gpu-tests"
 strip "$folder"/{llm8,layer_times,gpu-tests}
 cp -r tests/fixtures "$folder"
+# CUDA's own libraries; the driver's, libcuda.so.1, is the other machine's.
+mkdir "$folder/lib"
+for library in cudart cublas cublasLt curand; do cp -L "$CUDA_HOME"/lib64/lib$library.so.1[0-9] "$folder/lib"; done
 tar -C target -czf target/llm8-gpu.tar.gz llm8-gpu
 ls -l target/llm8-gpu.tar.gz

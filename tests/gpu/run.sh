@@ -1,16 +1,12 @@
 #!/usr/bin/env bash
-# Checks and times llm8 on this machine's NVIDIA GPU: unpack llm8-gpu.tar.gz and run this. It needs the driver (580 or
-# later) and CUDA 13's libraries (cudart, cublas, cublasLt, curand), from a toolkit or from Python's packages. What is
-# right comes first: the times are of no use without it. `run.sh checks` leaves the times out, `run.sh times` the checks.
+# Checks and times llm8 on this machine's NVIDIA GPU: unpack llm8-gpu.tar.gz and run this. It needs NVIDIA's driver, 580
+# or later. What is right comes first: the times are of no use without it. `run.sh checks` leaves the times out, `run.sh times` the checks.
 set -uo pipefail
 cd "$(dirname "$0")"
 what=${1:-all}
-shopt -s nullglob
-for folder in /usr/local/cuda*/lib64 /usr/lib/x86_64-linux-gnu \
-    $(python3 -c 'import site; print(*[p + "/nvidia/cu13/lib" for p in site.getsitepackages() + [site.getusersitepackages()]])' 2>/dev/null); do
-    [ -e "$folder/libcublas.so.13" ] && LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-}
-done
-export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} LLM8_FIXTURES=$PWD/fixtures
+export LD_LIBRARY_PATH=$PWD/lib:${LD_LIBRARY_PATH:-} LLM8_FIXTURES=$PWD/fixtures
+missing=$(ldd ./llm8 | sed -n 's/^\s*\(\S*\) => not found$/\1/p' | tr '\n' ' ')
+[ -z "$missing" ] || { echo "not found here: $missing(libcuda.so.1 comes with NVIDIA's driver)" >&2; exit 1; }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 failed=0
 run() { echo "== $*"; "$@" || { echo "== FAILED: $*"; failed=1; }; }
@@ -22,7 +18,7 @@ if [ "$what" != times ]; then
         for tool in memcheck racecheck; do
             # The ops alone: whole models take hours under these.
             run "$sanitizer" --tool "$tool" --error-exitcode 1 ./gpu-tests --ignored --test-threads 1 \
-                neighbours small_ops attention
+                weights small_products neighbours small_ops attention
         done
     else
         echo "== compute-sanitizer is not here: no memcheck, no racecheck"

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp3, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::{self, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Queries, padded, team};
 #[cfg(feature = "cuda")]
@@ -25,11 +25,21 @@ impl AttentionCache {
     /// `F16` or `F32`.
     pub fn new(like: &Tensor, capacity: usize, dtype: DType) -> Result<Self> {
         let (batch, heads, _, head_dim) = like.dims4()?;
+        Self::with_dims(batch, heads, capacity, head_dim, dtype, like.device())
+    }
+
+    fn with_dims(
+        batch: usize,
+        heads: usize,
+        capacity: usize,
+        head_dim: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         if !matches!(dtype, DType::F16 | DType::F32) {
             bail!("keys and values are cached in F16 or F32, not in {dtype:?}");
         }
         let capacity = capacity.next_multiple_of(KEYS_PER_BLOCK);
-        let device = like.device();
         let (keys, width) = match device.is_cuda() {
             true => (Tensor::zeros((batch, heads, capacity, head_dim), dtype, device)?, head_dim),
             false => {
@@ -53,8 +63,8 @@ impl AttentionCache {
     /// The first `len` tokens of this one, with room for at least `capacity`.
     pub fn grown(&self, len: usize, capacity: usize) -> Result<Self> {
         let (batch, heads, _, _) = self.values.dims4()?;
-        let like = Tensor::zeros((batch, heads, 0, self.head_dim), DType::F32, self.values.device())?;
-        let grown = Self::new(&like, capacity, self.values.dtype())?;
+        let (dtype, device) = (self.values.dtype(), self.values.device());
+        let grown = Self::with_dims(batch, heads, capacity, self.head_dim, dtype, device)?;
         let groups = len.div_ceil(LANES);
         if groups > 0 {
             let in_keys = if self.keys.device().is_cuda() { groups * LANES } else { groups };

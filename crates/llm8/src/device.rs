@@ -41,7 +41,7 @@ fn failure(ordinal: usize, error: &DeviceError) -> Failure {
             format!("install a driver for CUDA {wanted} or later, or give --device cpu")
         }
         DeviceError::NoKernels { .. } => {
-            "build llm8 on this machine with `make cuda`, or give --device cpu".to_string()
+            "build llm8 for it: `make cuda CUDA_COMPUTE_CAP=75` for 7.5, say; or give --device cpu".to_string()
         }
         DeviceError::Other { .. } => "see what `nvidia-smi` says of it, or give --device cpu".to_string(),
     };
