@@ -337,9 +337,9 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
     // From this thread's first column of the next stage on.
     int cols_left = cols - static_cast<int>(threadIdx.x) % (Tile::COLS / 16) * 16;
     unsigned char* next_stage = shared;
-    const bool is_aligned = (cols | reinterpret_cast<uintptr_t>(codes) | reinterpret_cast<uintptr_t>(weight)) % 16 == 0;
+    const bool are_pieces = (cols | reinterpret_cast<uintptr_t>(codes) | reinterpret_cast<uintptr_t>(weight)) % 16 == 0;
     const auto copy_next = [&] {
-        if (is_aligned) {
+        if (are_pieces) {
             token_copier.copy(next_stage, cols_left, cols);
             row_copier.copy(next_stage + Tile::TOKENS * Tile::COLS, cols_left, cols);
         } else {
