@@ -1,4 +1,4 @@
-// What happens between the layers of a block, value by value, in place.
+// What follows a product that has no such ending of its own, value by value, in place.
 
 #include "row.cuh"
 
@@ -13,45 +13,40 @@ __device__ __forceinline__ void for_each_value(size_t count, bool aligned, Piece
     for (size_t index = pieces * PIECE<T> + thread; index < count; index += threads) value(index);
 }
 
-/// x += other, both (count).
+/// x = activation(x + bias) + residual, (count) as rows of `width`: each of the three where it is given. `bias`
+/// (width) is in the dtype of that number (see `vector_value`) or null, `residual` (count) may be null.
 ///
 /// Any grid in one dimension, block 256; a thread a piece of 16 bytes is best.
 template <class T>
-__device__ void add(T* x, const T* other, long long count) {
-    const auto add_piece = [=](size_t index) {
-        const auto a = Piece<T>::template load<true>(x + index, PIECE<T>);
-        const auto b = Piece<T>::template load<true>(other + index, PIECE<T>);
-        float sums[PIECE<T>];
-        UNROLL for (int i = 0; i < PIECE<T>; ++i) sums[i] = a[i] + b[i];
-        Piece<T>::of(sums).template store<true>(x + index, PIECE<T>);
+__device__ void finish(T* x, const void* bias, int bias_dtype, int width, int activation, const T* residual, long long count) {
+    const auto finished = [=](float value, size_t col, float other) {
+        if (bias) value += vector_value(bias, bias_dtype, static_cast<int>(col));
+        return activated(value, activation) + other;
     };
-    const auto add_value = [=](size_t index) { x[index] = from_float<T>(to_float(x[index]) + to_float(other[index])); };
-    for_each_value<T>(count, is_aligned(x) && is_aligned(other), add_piece, add_value);
-}
-
-/// x = activation(x), (count); see `activated` for the numbers.
-///
-/// Any grid in one dimension, block 256; a thread a piece of 16 bytes is best.
-template <class T>
-__device__ void activate(T* x, int activation, long long count) {
-    const auto activate_piece = [=](size_t index) {
+    const auto finish_piece = [=](size_t index) {
         const auto piece = Piece<T>::template load<true>(x + index, PIECE<T>);
+        const size_t col = index % width;
         float values[PIECE<T>];
-        UNROLL for (int i = 0; i < PIECE<T>; ++i) values[i] = activated(piece[i], activation);
+        if (residual) {
+            const auto others = Piece<T>::template load<true>(residual + index, PIECE<T>);
+            UNROLL for (int i = 0; i < PIECE<T>; ++i) values[i] = finished(piece[i], col + i, others[i]);
+        } else {
+            UNROLL for (int i = 0; i < PIECE<T>; ++i) values[i] = finished(piece[i], col + i, 0.f);
+        }
         Piece<T>::of(values).template store<true>(x + index, PIECE<T>);
     };
-    const auto activate_value = [=](size_t index) {
-        x[index] = from_float<T>(activated(to_float(x[index]), activation));
+    const auto finish_value = [=](size_t index) {
+        x[index] = from_float<T>(finished(to_float(x[index]), index % width, residual ? to_float(residual[index]) : 0.f));
     };
-    for_each_value<T>(count, is_aligned(x), activate_piece, activate_value);
+    // A piece lies in one row.
+    const bool aligned = is_aligned(x) && (!residual || is_aligned(residual)) && (!bias || width % PIECE<T> == 0);
+    for_each_value<T>(count, aligned, finish_piece, finish_value);
 }
 
-#define ELEMENTWISE(suffix, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(ROW_THREADS) add_##suffix(T* x, const T* other, long long count) {   \
-        add(x, other, count);                                                                                         \
-    }                                                                                                                 \
+#define FINISH(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
-        activate_##suffix(T* x, int activation, long long count) {                                                    \
-        activate(x, activation, count);                                                                               \
+        finish_##suffix(T* x, const void* bias, int bias_dtype, int width, int activation, const T* residual,         \
+                        long long count) {                                                                            \
+        finish(x, bias, bias_dtype, width, activation, residual, count);                                              \
     }
-FOR_EACH_FLOAT(ELEMENTWISE)
+FOR_EACH_FLOAT(FINISH)

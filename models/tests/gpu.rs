@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use int8_models::{CausalLm, GenerateOptions, LoadOptions, Loaded, ModelFolder, Precision, generate, load};
 use int8_ops::{
-    Activation, AttentionCache, Fused, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm, OUTLIER_THRESHOLD, add,
-    attention,
+    Activation, AttentionCache, FloatLinear, Fused, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm,
+    OUTLIER_THRESHOLD, add, attention,
 };
 use support::*;
 
@@ -133,6 +133,32 @@ fn neighbours_of_a_layer_are_those_of_the_cpu() -> Result<()> {
             let found = layers(&device)?.forward_fused(&x.to_device(&device)?, &fused)?;
             // A norm that differs in its last bit may move a value to the next code.
             check(&format!("{tokens} tokens, {activation:?}"), &found, &wanted, 5e-3);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU: make gpu"]
+fn float_layers_are_those_of_the_cpu() -> Result<()> {
+    seeded();
+    let device = gpu();
+    for (cols, rows, tokens) in [(256, 384, 1), (100, 33, 7), (512, 260, 150)] {
+        for (dtype, rounding) in DTYPES {
+            let (weight, bias) = (random(&[rows, cols], 0.5, dtype)?, random(&[rows], 1.0, DType::F16)?);
+            let layer = FloatLinear::new(weight.clone(), Some(bias.clone()))?;
+            let on_gpu = FloatLinear::new(weight.to_device(&device)?, Some(bias.to_device(&device)?))?;
+            let (x, residual) = (random(&[1, tokens, cols], 1.0, dtype)?, random(&[1, tokens, rows], 3.0, dtype)?);
+            let gpu_residual = residual.to_device(&device)?;
+            let found = on_gpu.forward_fused(
+                &x.to_device(&device)?,
+                &Fused { norm: None, activation: Some(Activation::Relu), residual: Some(&gpu_residual) },
+            )?;
+            let (x, residual) = (x.to_dtype(DType::F32)?, residual.to_dtype(DType::F32)?);
+            let fused = Fused { norm: None, activation: Some(Activation::Relu), residual: Some(&residual) };
+            // The product is rounded before what follows it.
+            let label = format!("({tokens}, {cols}) times ({rows}, {cols}), {dtype:?}");
+            check(&label, &found, &layer.forward_fused(&x, &fused)?, 3.0 * rounding);
         }
     }
     Ok(())

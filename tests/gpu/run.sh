@@ -18,7 +18,7 @@ if [ "$what" != times ]; then
         for tool in memcheck racecheck; do
             # The ops alone: whole models take hours under these.
             run "$sanitizer" --tool "$tool" --error-exitcode 1 ./gpu-tests --ignored --test-threads 1 \
-                weights small_products neighbours small_ops attention
+                weights small_products float_layers neighbours small_ops attention
         done
     else
         echo "== compute-sanitizer is not here: no memcheck, no racecheck"

@@ -21,7 +21,7 @@ use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, Devic
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
 pub(crate) use attention::{attention, write_cache};
-pub(crate) use elementwise::{activate, add};
+pub(crate) use elementwise::{activate, add, finish};
 pub(crate) use layer_norm::layer_norm;
 pub(crate) use matmul::int8_matmul;
 pub(crate) use matrix::{dequantize_rows, quantize_weight};

@@ -6,6 +6,8 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, 
 use candle_nn::Module;
 
 use crate::cpu::{self, Kernels, OutputColumns, Values};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::fused::Fused;
 use crate::matmul::{bias_values, check_bias};
 
@@ -30,26 +32,25 @@ pub fn float_matmul_with(
         bail!("float matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
     }
     check_bias(bias, rows)?;
+    #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return by_cublas(x, weight, bias);
+        return by_cublas(x, weight, bias, &Fused::default());
     }
     let op = FloatMatmul { kernels, weight: weight.contiguous()?, bias: bias.cloned() };
     x.contiguous()?.apply_op1_no_bwd(&op)
 }
 
-/// The product by Candle's matmul, which is cuBLAS's; the sum with the bias is a launch of its own.
-fn by_cublas(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+/// The product by Candle's matmul, which is cuBLAS's, and what follows it in one launch.
+#[cfg(feature = "cuda")]
+fn by_cublas(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, fused: &Fused) -> Result<Tensor> {
     let (rows, cols) = weight.dims2()?;
     let mut dims = x.dims().to_vec();
     dims.pop();
     let tokens: usize = dims.iter().product();
     dims.push(rows);
-    let y = x.reshape((tokens, cols))?.to_dtype(weight.dtype())?.matmul(&weight.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(&bias.to_dtype(weight.dtype())?)?,
-        None => y,
-    };
-    y.to_dtype(x.dtype())?.reshape(dims)
+    let y = x.reshape((tokens, cols))?.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())?;
+    cuda::finish(&y, bias, fused.activation, fused.residual)?;
+    y.reshape(dims)
 }
 
 /// Reads every value of a matrix on the CPU once, and does nothing else: the least time that a product for
@@ -129,6 +130,11 @@ impl FloatLinear {
 
     /// The layer between its neighbours.
     pub fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let normed = fused.norm.map(|norm| norm.forward(x)).transpose()?;
+            return by_cublas(normed.as_ref().unwrap_or(x), &self.weight, self.bias.as_ref(), fused);
+        }
         fused.around(x, |x| self.forward(x))
     }
 
