@@ -51,7 +51,14 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
         assert_eq!(row["unit"], "tokens/s");
         assert_eq!(row["cache_dtype"], "f16");
         assert_eq!(row["device"], "cpu");
-        for key in ["device_name", "device_bytes", "peak_device_bytes", "copy_bandwidth"] {
+        for key in [
+            "device_name",
+            "device_bytes",
+            "peak_device_bytes",
+            "copy_bandwidth",
+            "int8_matmul_peak",
+            "f16_matmul_peak",
+        ] {
             assert_eq!(row.get(key), Some(&Value::Null), "{key}: {row}");
         }
         assert_eq!((&row["threads"], &row["batch"], &row["repetitions"]), (&1.into(), &2.into(), &2.into()));

@@ -3,11 +3,9 @@
 
 use std::time::Instant;
 
-use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::cublaslt::{result as lt, sys};
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut};
-use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::Module;
+use int8_ops::device;
 use int8_ops::{FloatLinear, Int8Linear, Int8Matrix, OUTLIER_THRESHOLD};
 
 const WIDTHS: [usize; 7] = [768, 1024, 2048, 4096, 5120, 8192, 12_288];
@@ -20,10 +18,12 @@ const REPETITIONS: usize = 9;
 
 fn main() -> Result<()> {
     let is_json = std::env::args().any(|arg| arg == "--json");
-    let device = int8_ops::device::cuda(0).map_err(candle_core::Error::wrap)?;
-    let cuda = device.as_cuda_device()?;
-    let bandwidth = copy_bandwidth(cuda)?;
-    let (f16_peak, int8_peak) = (f16_peak(&device)?, int8_peak(cuda)?);
+    let device = device::cuda(0).map_err(candle_core::Error::wrap)?;
+    let (Some(bandwidth), Some(peaks)) = (device::copy_bandwidth(&device, 1 << 30)?, device::matmul_peaks(&device)?)
+    else {
+        bail!("the device has too little memory free")
+    };
+    let (f16_peak, int8_peak) = (peaks.f16, peaks.int8);
     match is_json {
         true => println!(
             r#"{{"copy_bytes_per_second":{bandwidth:.4e},"f16_peak":{f16_peak:.4e},"int8_peak":{int8_peak:.4e}}}"#
@@ -107,95 +107,4 @@ fn seconds_each(device: &Device, count: usize, launch: impl Fn(usize) -> Result<
 fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
-}
-
-/// Bytes read and written a second by a copy of a gigabyte within the device's memory.
-fn copy_bandwidth(cuda: &CudaDevice) -> Result<f64> {
-    let bytes = 1 << 30;
-    let (from, mut to) = (cuda.alloc_zeros::<u8>(bytes)?, cuda.alloc_zeros::<u8>(bytes)?);
-    let mut seconds = Vec::new();
-    for _ in 0..REPETITIONS {
-        cuda.cuda_stream().synchronize().w()?;
-        let start = Instant::now();
-        cuda.memcpy_dtod(&from, &mut to)?;
-        cuda.cuda_stream().synchronize().w()?;
-        seconds.push(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * bytes as f64 / median(seconds))
-}
-
-const PEAK_SIZE: usize = 8192;
-
-/// Operations a second of cuBLAS, as Candle calls it.
-fn f16_peak(device: &Device) -> Result<f64> {
-    // Zeros would take less power, and so be faster than any model.
-    let matrix = || Tensor::randn(0f32, 1.0, (PEAK_SIZE, PEAK_SIZE), device)?.to_dtype(DType::F16);
-    let (a, b) = (matrix()?, matrix()?);
-    let seconds = (0..REPETITIONS).map(|_| seconds_each(device, 10, |_| a.matmul(&b.t()?).map(drop)));
-    Ok(2.0 * (PEAK_SIZE as f64).powi(3) / median(seconds.collect::<Result<_>>()?))
-}
-
-/// The same of cuBLASLt's int8 product with 32-bit sums, without scales: the yardstick of `int8_matmul_many`.
-/// Both matrices are row-major, (rows, size) and (tokens, size): to cuBLASLt, the transpose of the first times the
-/// second.
-fn int8_peak(cuda: &CudaDevice) -> Result<f64> {
-    use sys::cublasComputeType_t::CUBLAS_COMPUTE_32I;
-    use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-    use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-    use sys::cudaDataType_t::{CUDA_R_8I, CUDA_R_32I};
-    static TRANSPOSED: i32 = 1;
-    static WORKSPACE_BYTES: usize = 32 << 20;
-    let error = |error| candle_core::Error::Msg(format!("cuBLASLt: {error:?}"));
-    let (size, stream) = (PEAK_SIZE, cuda.cuda_stream());
-    let codes: Vec<i8> = (0..size * size).map(|index| (index * 7919 % 251) as i8).collect();
-    let (weight, x) = (cuda.clone_htod(&codes)?, cuda.clone_htod(&codes)?);
-    let (mut out, mut workspace) = (cuda.alloc_zeros::<i32>(size * size)?, cuda.alloc_zeros::<u8>(WORKSPACE_BYTES)?);
-    let ((weight, _weight), (x, _x)) = (weight.device_ptr(&stream), x.device_ptr(&stream));
-    let ((out, _out), (workspace, _workspace)) = (out.device_ptr_mut(&stream), workspace.device_ptr_mut(&stream));
-    let (one, zero) = (1i32, 0i32);
-    let mut seconds = Vec::new();
-    // SAFETY: the descriptors are of the matrices above, which live to the end.
-    unsafe {
-        let handle = lt::create_handle().map_err(error)?;
-        let product = lt::create_matmul_desc(CUBLAS_COMPUTE_32I, CUDA_R_32I).map_err(error)?;
-        let transposed = (&raw const TRANSPOSED).cast();
-        lt::set_matmul_desc_attribute(product, CUBLASLT_MATMUL_DESC_TRANSA, transposed, size_of::<i32>())
-            .map_err(error)?;
-        let layout = |dtype| lt::create_matrix_layout(dtype, size as u64, size as u64, size as i64).map_err(error);
-        let (codes, sums) = (layout(CUDA_R_8I)?, layout(CUDA_R_32I)?);
-        let preference = lt::create_matmul_pref().map_err(error)?;
-        let bytes = (&raw const WORKSPACE_BYTES).cast();
-        lt::set_matmul_pref_attribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, bytes, size_of::<usize>())
-            .map_err(error)?;
-        let chosen =
-            lt::get_matmul_algo_heuristic(handle, product, codes, codes, sums, sums, preference).map_err(error)?;
-        for _ in 0..REPETITIONS {
-            stream.synchronize().w()?;
-            let start = Instant::now();
-            for _ in 0..10 {
-                lt::matmul(
-                    handle,
-                    product,
-                    (&raw const one).cast(),
-                    (&raw const zero).cast(),
-                    weight as *const _,
-                    codes,
-                    x as *const _,
-                    codes,
-                    out as *const _,
-                    sums,
-                    out as *mut _,
-                    sums,
-                    &chosen.algo,
-                    workspace as *mut _,
-                    WORKSPACE_BYTES,
-                    stream.cu_stream() as *mut _,
-                )
-                .map_err(error)?;
-            }
-            stream.synchronize().w()?;
-            seconds.push(start.elapsed().as_secs_f64() / 10.0);
-        }
-    }
-    Ok(2.0 * (size as f64).powi(3) / median(seconds))
 }

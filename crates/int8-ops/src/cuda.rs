@@ -7,6 +7,7 @@
 mod attention;
 mod elementwise;
 mod layer_norm;
+pub(crate) mod limits;
 mod matmul;
 mod matrix;
 

@@ -157,6 +157,30 @@ pub fn copy_bandwidth(device: &Device, bytes: usize) -> Result<Option<f64>> {
     Ok(None)
 }
 
+/// Operations a second (a product and its addition are two) of NVIDIA's own libraries, for large matrices.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatmulPeaks {
+    /// cuBLAS, with sums in f32.
+    pub f16: f64,
+    /// cuBLASLt, with sums in 32-bit integers.
+    pub int8: f64,
+}
+
+/// What a CUDA device can do at best with matrices, measured. `None` for the CPU, and where the device has less than
+/// 1 GB free.
+pub fn matmul_peaks(device: &Device) -> Result<Option<MatmulPeaks>> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        use crate::cuda::limits::{BYTES, f16_matmul_peak, int8_matmul_peak};
+        if driver::memory(device)?.free < BYTES {
+            return Ok(None);
+        }
+        return Ok(Some(MatmulPeaks { f16: f16_matmul_peak(device)?, int8: int8_matmul_peak(device)? }));
+    }
+    let _ = device;
+    Ok(None)
+}
+
 /// Whether an error says that a CUDA device has no memory left.
 pub fn is_out_of_memory(error: &candle_core::Error) -> bool {
     #[cfg(feature = "cuda")]
@@ -364,6 +388,7 @@ mod tests {
         assert_eq!((used_bytes(&Device::Cpu), peak_bytes(&Device::Cpu)), (None, None));
         assert_eq!(label(&Device::Cpu), "cpu");
         assert_eq!((name(&Device::Cpu), copy_bandwidth(&Device::Cpu, 1)?), (None, None));
+        assert_eq!(matmul_peaks(&Device::Cpu)?, None);
         give_back(&Device::Cpu);
         reset_peak(&Device::Cpu);
         synchronize(&Device::Cpu)

@@ -18,6 +18,11 @@ pub struct Limits {
     /// Operations a second; `None` where the kernels' instruction set has no dot product of codes, and on a CUDA
     /// device.
     pub int8_dot_peak: Option<f64>,
+    /// Operations a second of NVIDIA's libraries with large matrices; `None` on the CPU, and where the device has
+    /// too little room.
+    pub int8_matmul_peak: Option<f64>,
+    /// The same in f16.
+    pub f16_matmul_peak: Option<f64>,
 }
 
 /// Bytes that are copied on a CUDA device, from the least that tells something: more than its cache holds, and
@@ -35,7 +40,7 @@ impl Limits {
         let bytes = model.read_weights()?;
         let read_bandwidth = Some(bytes as f64 / start.elapsed().as_secs_f64());
         let int8_dot_peak = int8_dot_peak(rayon::current_num_threads());
-        Ok(Self { read_bandwidth, copy_bandwidth: None, int8_dot_peak })
+        Ok(Self { read_bandwidth, copy_bandwidth: None, int8_dot_peak, int8_matmul_peak: None, f16_matmul_peak: None })
     }
 
     fn of_device(device: &Device) -> Result<Self, Error> {
@@ -44,13 +49,26 @@ impl Limits {
         let bytes = (free / 4).min(*COPY_BYTES.end());
         let has_room = COPY_BYTES.contains(&bytes);
         let copy_bandwidth = if has_room { device::copy_bandwidth(device, bytes)? } else { None };
-        Ok(Self { read_bandwidth: None, copy_bandwidth, int8_dot_peak: None })
+        let peaks = device::matmul_peaks(device)?;
+        Ok(Self {
+            read_bandwidth: None,
+            copy_bandwidth,
+            int8_dot_peak: None,
+            int8_matmul_peak: peaks.map(|peaks| peaks.int8),
+            f16_matmul_peak: peaks.map(|peaks| peaks.f16),
+        })
     }
 
     /// What limits the reading of weights, and the bytes a second.
     pub fn bandwidth(&self) -> Option<(&'static str, f64)> {
         let read = self.read_bandwidth.map(|bytes| ("read_bandwidth", bytes));
         read.or(self.copy_bandwidth.map(|bytes| ("copy_bandwidth", bytes)))
+    }
+
+    /// What limits the products of a prompt at int8, and the operations a second.
+    pub fn int8_peak(&self) -> Option<(&'static str, f64)> {
+        let dots = self.int8_dot_peak.map(|operations| ("int8_dot_peak", operations));
+        dots.or(self.int8_matmul_peak.map(|operations| ("int8_matmul_peak", operations)))
     }
 
     /// The median of each.
@@ -63,6 +81,8 @@ impl Limits {
             read_bandwidth: of(|limits| limits.read_bandwidth),
             copy_bandwidth: of(|limits| limits.copy_bandwidth),
             int8_dot_peak: of(|limits| limits.int8_dot_peak),
+            int8_matmul_peak: of(|limits| limits.int8_matmul_peak),
+            f16_matmul_peak: of(|limits| limits.f16_matmul_peak),
         }
     }
 }

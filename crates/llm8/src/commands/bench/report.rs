@@ -42,7 +42,8 @@ pub struct Row {
     pub limit: Option<f64>,
     /// The median's.
     pub share_of_limit: Option<f64>,
-    /// `int8_dot_peak` for a prompt; `read_bandwidth` for the tokens after it, on a CUDA device `copy_bandwidth`.
+    /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it; on a CUDA device `int8_matmul_peak`
+    /// and `copy_bandwidth`.
     pub limited_by: Option<String>,
     /// From a prompt to the logits of its first token; null in `decode`.
     pub first_token_seconds: Option<f64>,
@@ -68,6 +69,10 @@ pub struct Row {
     pub copy_bandwidth: Option<f64>,
     /// Operations a second; null where the instruction set has no dot product of codes, and on a CUDA device.
     pub int8_dot_peak: Option<f64>,
+    /// Operations a second of NVIDIA's libraries with large matrices of codes; null on the CPU.
+    pub int8_matmul_peak: Option<f64>,
+    /// The same in f16.
+    pub f16_matmul_peak: Option<f64>,
 }
 
 /// What is known of a model once it is loaded.
@@ -111,8 +116,9 @@ impl Row {
         let (test, prompt_len, gen_len, context, limit, limited_by) = match figures.test {
             Test::Prefill { prompt_len, .. } => {
                 let operations = load.int8_operations_per_token as f64;
-                let limit = limits.int8_dot_peak.filter(|_| operations > 0.0).map(|peak| peak / operations);
-                ("prefill", prompt_len, 0, 0, limit, "int8_dot_peak")
+                let (limited_by, peak) = limits.int8_peak().filter(|_| operations > 0.0).unzip();
+                let limit = peak.map(|peak| peak / operations);
+                ("prefill", prompt_len, 0, 0, limit, limited_by.unwrap_or_default())
             }
             Test::Decode { context, gen_len, .. } => {
                 let (limited_by, bandwidth) = limits.bandwidth().unzip();
@@ -157,6 +163,8 @@ impl Row {
             read_bandwidth: limits.read_bandwidth,
             copy_bandwidth: limits.copy_bandwidth,
             int8_dot_peak: limits.int8_dot_peak,
+            int8_matmul_peak: limits.int8_matmul_peak,
+            f16_matmul_peak: limits.f16_matmul_peak,
         }
     }
 }

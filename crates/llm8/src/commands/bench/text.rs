@@ -102,7 +102,13 @@ fn limits(rows: &[Row]) -> String {
             let copied = median_of(|row| row.copy_bandwidth).map_or("not measured".to_string(), |bandwidth| {
                 format!("a copy reads and writes {} a second", bytes(bandwidth))
             });
-            return format!("limits of {}: {copied}", row.device);
+            let peak = |figure, dtype| {
+                let tera =
+                    |peak: f64| format!(", a large matmul in {dtype} does {:.0} trillion operations", peak / 1e12);
+                median_of(figure).map_or(String::new(), tera)
+            };
+            let (int8, f16) = (peak(|row| row.int8_matmul_peak, "int8"), peak(|row| row.f16_matmul_peak, "f16"));
+            return format!("limits of {}: {copied}{int8}{f16}", row.device);
         };
         let dots = median_of(|row| row.int8_dot_peak).map_or(String::new(), |peak| {
             format!(" and {} billion int8 operations", thousands((peak / 1e9).round() as u64))
