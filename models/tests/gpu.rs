@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
-use int8_models::{CausalLm, GenerateOptions, LoadOptions, Loaded, ModelFolder, Precision, generate, load};
+use int8_models::{CacheDtype, CausalLm, GenerateOptions, LoadOptions, Loaded, ModelFolder, Precision, generate, load};
 use int8_ops::{
     Activation, AttentionCache, FloatLinear, Fused, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm,
     OUTLIER_THRESHOLD, add, attention,
@@ -268,23 +268,32 @@ fn logits_of_the_fixtures_are_the_expected_ones() {
     }
 }
 
-/// Greedy tokens; two that are nearly as likely may change places, so the first few are compared.
+/// The likeliest token each time.
+fn continuation(model: &dyn CausalLm, prompt: &[u32], len: usize, cache_dtype: CacheDtype) -> Vec<u32> {
+    let options = GenerateOptions { max_new_tokens: len, cache_dtype, ..GenerateOptions::default() };
+    generate(model, prompt, &options).unwrap().map(|token| token.unwrap()).collect()
+}
+
 #[test]
 #[ignore = "needs an NVIDIA GPU: make gpu"]
-fn continuations_are_those_of_the_cpu() {
+fn continuations_of_the_fixtures_are_the_expected_ones() {
     let device = gpu();
-    let continuation = |model: &dyn CausalLm, prompt: &[u32]| -> Vec<u32> {
-        let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
-        generate(model, prompt, &options).unwrap().map(|token| token.unwrap()).collect()
-    };
     for name in MODELS {
         let prompts = json(format!("golden/{name}/golden.json"))["prompts"].clone();
+        let prompts = prompts.as_array().unwrap();
+        let f32 = load_on(&device, name, Precision::F32);
+        for prompt in prompts {
+            let wanted = ids(&prompt["greedy_ids"]);
+            let found = continuation(f32.model.as_ref(), &ids(&prompt["ids"]), wanted.len(), CacheDtype::F32);
+            assert_eq!(found, wanted, "{name}, prompt {}", prompt["name"]);
+        }
+        // Two tokens that are nearly as likely may change places, and what follows is another text then.
         for precision in [Precision::F16, int8(Some(OUTLIER_THRESHOLD))] {
             let (on_gpu, on_cpu) = (load_on(&device, name, precision.clone()), load_model(name, precision.clone()));
-            let prompts = prompts.as_array().unwrap();
             let same = prompts.iter().filter(|prompt| {
                 let prompt = ids(&prompt["ids"]);
-                continuation(on_gpu.model.as_ref(), &prompt) == continuation(on_cpu.model.as_ref(), &prompt)
+                continuation(on_gpu.model.as_ref(), &prompt, 12, CacheDtype::F16)
+                    == continuation(on_cpu.model.as_ref(), &prompt, 12, CacheDtype::F16)
             });
             let same = same.count();
             println!("{name}, {precision:?}: {same} of {} continuations are the same", prompts.len());
