@@ -94,11 +94,6 @@ const THREADS: std::ops::RangeInclusive<i64> = 1..=1024;
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Machine")]
 pub struct ProcessorArgs {
-    /// Where to run: auto, cpu, cuda, or cuda:N for the N-th device counted from 0. auto is the first CUDA device
-    /// if this program was built for CUDA and there is one, and else the CPU.
-    #[arg(long, default_value = "auto", value_parser = device)]
-    pub device: DeviceName,
-
     /// Go on though the memory that is free seems too little for the model.
     #[arg(long)]
     pub force: bool,
@@ -107,6 +102,16 @@ pub struct ProcessorArgs {
     /// avx-vnni, avx512-vnni-256, avx512-vnni or neon-dotprod [default: the fastest here].
     #[arg(long, value_name = "NAME", env = "LLM8_INSTRUCTION_SET", hide_env_values = true, hide_short_help = true)]
     pub instruction_set: Option<String>,
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Machine")]
+pub struct DeviceArgs {
+    /// Where to run: auto, cpu, cuda, or cuda:N for the N-th device counted from 0. auto is the first CUDA device
+    /// if this program was built for CUDA and there is one, and else the CPU.
+    #[arg(long = "device", value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    pub name: DeviceName,
 }
 
 /// What a model that runs keeps of the tokens before.
@@ -244,6 +249,9 @@ pub struct GenerateArgs {
     pub cache: CacheArgs,
 
     #[command(flatten)]
+    pub device: DeviceArgs,
+
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 
     #[command(flatten)]
@@ -278,6 +286,9 @@ pub struct CompareArgs {
 
     #[command(flatten)]
     pub cache: CacheArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -379,6 +390,9 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub cache: CacheArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
 
     /// Tokens of the prompt; 0 measures no prompt.
     #[arg(long, value_name = "N", default_values_t = [512], value_delimiter = ',', value_parser = tokens)]
@@ -539,8 +553,8 @@ fn device(text: &str) -> Result<DeviceName, String> {
         None if text == "cuda" => Ok(DeviceName::Cuda(0)),
         // As many as the driver can count.
         Some(("cuda", number)) => match number.parse::<u16>() {
-            Ok(number) => Ok(DeviceName::Cuda(number.into())),
-            Err(_) => Err("wanted cuda:N with a number N, such as cuda:0".to_string()),
+            Ok(ordinal) if !number.starts_with('+') => Ok(DeviceName::Cuda(ordinal.into())),
+            _ => Err("wanted cuda:N with a small number N, such as cuda:0".to_string()),
         },
         _ => Err("wanted auto, cpu, cuda or cuda:N".to_string()),
     }

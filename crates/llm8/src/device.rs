@@ -3,19 +3,20 @@
 use int8_models::Device;
 use int8_ops::device::{self, DeviceError};
 
-use crate::args::DeviceName;
+use crate::args::{DeviceArgs, DeviceName, OutputArgs};
 use crate::failure::Failure;
 use crate::{machine, output};
 
 /// Opens the device that the arguments name. Where that is any, a CUDA device that there is but that cannot be
-/// used is told, unless `quiet`.
-pub fn open(name: DeviceName, quiet: bool) -> Result<Device, Failure> {
-    match name {
+/// used is told; why there is none, where more is to be said.
+pub fn open(args: DeviceArgs, output: &OutputArgs) -> Result<Device, Failure> {
+    match args.name {
         DeviceName::Cpu => Ok(Device::Cpu),
         DeviceName::Cuda(ordinal) => device::cuda(ordinal).map_err(|error| failure(ordinal, &error)),
         DeviceName::Auto => Ok(device::cuda(0).unwrap_or_else(|error| {
             let is_absent = matches!(error, DeviceError::NotBuilt | DeviceError::NoDriver | DeviceError::NoDevice);
-            if !is_absent && !quiet {
+            let is_worth_a_line = !is_absent || (output.verbose && error != DeviceError::NotBuilt);
+            if is_worth_a_line && !output.quiet {
                 output::say(&format!("Running on the CPU: {error}"));
             }
             Device::Cpu

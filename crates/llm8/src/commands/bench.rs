@@ -76,7 +76,7 @@ fn precisions(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<Vec<Prec
 /// its own memory peak, too. The exit code when one has failed, which it has told.
 fn in_processes_of_their_own(args: &BenchArgs, threads: &[u16]) -> anyhow::Result<Result<Vec<Row>, ExitCode>> {
     // What is not here is fetched once. The device is closed again: each process opens it for itself.
-    folder(args, &device::open(args.processor.device, args.output.quiet)?)?;
+    folder(args, &device::open(args.device, &args.output)?)?;
     let program = std::env::current_exe().context("the program cannot find itself")?;
     let mut rows = Vec::new();
     for count in threads {
@@ -96,7 +96,8 @@ fn in_processes_of_their_own(args: &BenchArgs, threads: &[u16]) -> anyhow::Resul
 
 /// Measures everything with one number of threads.
 fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
-    let device = model::set_up(&MachineArgs { processor: args.processor.clone(), threads }, &args.output)?;
+    model::set_up(&MachineArgs { processor: args.processor.clone(), threads })?;
+    let device = device::open(args.device, &args.output)?;
     let folder = folder(args, &device)?;
     interrupt::listen(args.output.quiet);
     let (tests, precisions) = (tests(args), precisions(args, &folder)?);

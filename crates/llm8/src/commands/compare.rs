@@ -28,7 +28,8 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         output::check_writable(file)?;
     }
     let prompt = Prompt::read_or(&args.prompt, SAMPLE, &args.output)?;
-    let device = model::set_up(&args.machine, &args.output)?;
+    model::set_up(&args.machine)?;
+    let device = device::open(args.device, &args.output)?;
     let baseline = match args.baseline {
         BaselineName::F16 => Precision::F16,
         BaselineName::Bf16 => Precision::BF16,

@@ -10,12 +10,13 @@ use super::model;
 use super::prompt::Prompt;
 use super::report::Report;
 use crate::args::GenerateArgs;
-use crate::{interrupt, output};
+use crate::{device, interrupt, output};
 
 pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     model::check_flags(&args.precision)?;
     let prompt = Prompt::read(&args.prompt)?;
-    let device = model::set_up(&args.machine, &args.output)?;
+    model::set_up(&args.machine)?;
+    let device = device::open(args.device, &args.output)?;
     let check = |folder: &ModelFolder| {
         let precision = model::precision(&args.precision, folder)?;
         model::check_memory(model::CONTEXT, args.cache, folder, &[precision], &args.machine.processor, &device)

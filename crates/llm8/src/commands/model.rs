@@ -11,29 +11,16 @@ use int8_ops::cpu::Kernels;
 use int8_ops::device::label;
 
 use crate::args::{
-    CacheArgs, CacheDtypeName, DeviceName, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs,
-    PrecisionName, ProcessorArgs, SamplingArgs,
+    CacheArgs, CacheDtypeName, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName,
+    ProcessorArgs, SamplingArgs,
 };
 use crate::demo;
 use crate::failure::Failure;
 use crate::hub::{self, Hub, RemoteFiles};
 use crate::{device, interrupt, output};
 
-/// Sets up threads, kernels and the device as the arguments say.
-pub fn set_up(args: &MachineArgs, output: &OutputArgs) -> anyhow::Result<Device> {
-    set_up_cpu(args)?;
-    Ok(device::open(args.processor.device, output.quiet)?)
-}
-
-/// The same for what runs on the CPU alone; an error where the arguments say otherwise.
-pub fn set_up_cpu_alone(args: &MachineArgs, command: &str) -> anyhow::Result<()> {
-    if let DeviceName::Cuda(_) = args.processor.device {
-        return Err(Failure::usage(format!("{command} runs on the CPU: --device cuda does not belong to it")).into());
-    }
-    set_up_cpu(args)
-}
-
-fn set_up_cpu(args: &MachineArgs) -> anyhow::Result<()> {
+/// Sets up threads and kernels as the arguments say.
+pub fn set_up(args: &MachineArgs) -> anyhow::Result<()> {
     if let Some(threads) = args.threads {
         // SAFETY: nothing has started a thread yet. The variable is read by rayon's pool, which our
         // kernels use, and by candle's own, when each is first used; candle offers no other way.

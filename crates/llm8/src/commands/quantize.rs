@@ -12,7 +12,7 @@ use crate::args::QuantizeArgs;
 use crate::{interrupt, output};
 
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
-    model::set_up_cpu_alone(&args.machine, "quantize")?;
+    model::set_up(&args.machine)?;
     let folder = model::folder(&args.model, &args.output, |_| Ok(()))?;
     let int8 = model::int8_options(&args.int8, &folder)?;
     interrupt::listen(args.output.quiet);
