@@ -206,19 +206,18 @@ struct Normed {
         const Quad x = plain.quad(token, col), weights = load_vector_quad(weight, weight_dtype, col, cols);
         Quad biases = {};
         if (bias) biases = load_vector_quad(bias, bias_dtype, col, cols);
-        Quad quad = {};
+        Quad quad;
         UNROLL for (int i = 0; i < 4; ++i) {
-            if (col + i >= cols) continue;
-            quad.values[i] = normed(x.values[i], mean, inverse, weights.values[i], biases.values[i]);
+            quad.values[i] =
+                col + i < cols ? normed(x.values[i], mean, inverse, weights.values[i], biases.values[i]) : 0.f;
         }
         return quad;
     }
 
     template <class K>
     __device__ __forceinline__ float value(const K& kept, int token, int col) const {
-        const float own_weight = vector_value(weight, weight_dtype, col);
-        const float own_bias = bias ? vector_value(bias, bias_dtype, col) : 0.f;
-        return normed(plain.value(kept, token, col), kept.means[token], kept.inverses[token], own_weight, own_bias);
+        return normed(plain.value(kept, token, col), kept.means[token], kept.inverses[token],
+                      vector_value(weight, weight_dtype, col), bias ? vector_value(bias, bias_dtype, col) : 0.f);
     }
 };
 
@@ -304,8 +303,9 @@ struct Quantized {
         __syncthreads();
 
         if (token < tokens) {
-            const unsigned* maxima = kept.maxima + token * parts;
-            for (int other = 0; other < parts; ++other) absmax_bits = max(absmax_bits, maxima[other]);
+            for (int other = 0; other < parts; ++other) {
+                absmax_bits = max(absmax_bits, kept.maxima[token * parts + other]);
+            }
             const float absmax = __uint_as_float(absmax_bits);
             // Below about 4e-37 the reciprocal overflows. A power of two moves the row up exactly.
             const float lift = absmax < 1e-36f ? 9223372036854775808.f : 1.f;
@@ -454,9 +454,9 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
             const int8_t* codes = layer.weight + static_cast<size_t>(row) * cols + col;
             UNROLL for (int i = 0; i < BATCH; ++i) {
                 loaded[j][i] = int4{0, 0, 0, 0};
-                const int left = end_col - col - i * STEP;
-                if (row < end_row && left > 0) {
-                    loaded[j][i] = WIDE ? load_streaming(codes + i * STEP) : load_bytes(codes + i * STEP, left);
+                if (row < end_row && col + i * STEP < end_col) {
+                    loaded[j][i] = WIDE ? load_streaming(codes + i * STEP)
+                                        : load_bytes(codes + i * STEP, end_col - col - i * STEP);
                 }
             }
         }
@@ -529,9 +529,9 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
             __syncthreads();
             if (part != 0) break;
             for (int other = warp + 1; other < warp + parts; ++other) {
-                const int* sums_of_other = x.kept.sums + other * ROWS * TOKENS;
                 UNROLL for (int i = 0; i < OUTPUTS; ++i) {
-                    if (lane + 32 * i < ROWS * TOKENS) own_sums[i] += sums_of_other[lane + 32 * i];
+                    const int output = lane + 32 * i;
+                    if (output < ROWS * TOKENS) own_sums[i] += x.kept.sums[other * ROWS * TOKENS + output];
                 }
             }
         }
@@ -541,11 +541,11 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
         UNROLL for (int j = 0; j < ROWS; ++j) outliers |= (static_cast<unsigned>(ahead.outliers[j]) & 0xffu) << 8 * j;
         UNROLL for (int i = 0; i < OUTPUTS; ++i) {
             const int row = row_of(done, i), shift = (lane + 32 * i) / TOKENS % ROWS * 8;
-            // Lanes without an output show their codes to others all the same.
-            const int any_token = min(token, layer.tokens - 1);
             float value = 0.f;
             for (int k = 0; k < listed; ++k) {
                 const int code = static_cast<int8_t>(__shfl_sync(ALL_LANES, outliers, k) >> shift);
+                // Lanes without an output show their codes to others all the same.
+                const int any_token = min(token, layer.tokens - 1);
                 value = __fadd_rn(value, __fmul_rn(x.kept.values[any_token][k], static_cast<float>(code)));
                 if (X::NEEDS_CORRECTION) own_sums[i] -= x.kept.codes[any_token][k] * code;
             }

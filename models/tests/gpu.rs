@@ -268,6 +268,36 @@ fn logits_of_the_fixtures_are_the_expected_ones() {
     }
 }
 
+/// As many heads, norms and projections as there are kinds of; bf16, and weights saved in int8.
+#[test]
+#[ignore = "needs an NVIDIA GPU: make gpu"]
+fn every_variant_of_the_architectures_is_near_the_reference() {
+    let device = gpu();
+    let folders = ["bloom-12-heads", "bloom-residual", "bloom-bin", "opt-350m-form", "galactica-form"];
+    let folders = folders.into_iter().chain(["opt-plain-norms", "opt-odd", "opt-sharded-bin"]);
+    for folder in folders.map(|name| format!("random/{name}")) {
+        let golden = tensors(format!("{folder}/expected.safetensors"));
+        // Of the logits' own size; int8 has its own error, which on the CPU is as large.
+        let bounds = [(Precision::F32, 1e-3), (Precision::F16, 0.01), (Precision::BF16, 0.05), (int8(Some(6.0)), 0.04)];
+        for (precision, bound) in bounds {
+            check_logits(&load_on(&device, &folder, precision), &golden["input_ids"], &golden["logits"], bound);
+        }
+    }
+    for family in ["bloom", "opt"] {
+        let reference = tensors(format!("bnb/{family}/reference.safetensors"));
+        let loaded = load_on(&device, &format!("bnb/{family}/bnb_int8"), int8(Some(6.0)));
+        check_logits(&loaded, &reference["input_ids"], &reference["logits_int8_thr6_float32"], 0.05);
+    }
+}
+
+/// The root of the mean squared error, as a share of that of the logits.
+fn check_logits(loaded: &Loaded, input_ids: &Tensor, wanted: &Tensor, bound: f32) {
+    let input_ids = input_ids.to_dtype(DType::U32).unwrap();
+    let found = loaded.model.forward(&input_ids, &mut f32_cache(loaded.model.as_ref())).unwrap();
+    let error = rms_error(&found, wanted) / rms_error(wanted, &wanted.zeros_like().unwrap());
+    assert!(error <= bound, "{error}, wanted at most {bound}");
+}
+
 /// The likeliest token each time.
 fn continuation(model: &dyn CausalLm, prompt: &[u32], len: usize, cache_dtype: CacheDtype) -> Vec<u32> {
     let options = GenerateOptions { max_new_tokens: len, cache_dtype, ..GenerateOptions::default() };
