@@ -4,7 +4,12 @@
 set -uo pipefail
 cd "$(dirname "$0")"
 what=${1:-all}
-export LD_LIBRARY_PATH=$PWD/lib:${LD_LIBRARY_PATH:-} LLM8_FIXTURES=$PWD/fixtures
+# The libraries that came along; where they were left out, as they are large, those that are here.
+python_folders=$(python3 -c 'import site; print(*[p + "/nvidia/cu13/lib" for p in site.getsitepackages()])' 2>/dev/null)
+for folder in $python_folders /usr/local/cuda*/lib64 "$PWD/lib"; do
+    [ -e "$folder/libcublas.so.13" ] && LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-}
+done
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} LLM8_FIXTURES=$PWD/fixtures
 missing=$(ldd ./llm8 | sed -n 's/^\s*\(\S*\) => not found$/\1/p' | tr '\n' ' ')
 [ -z "$missing" ] || { echo "not found here: $missing(libcuda.so.1 comes with NVIDIA's driver)" >&2; exit 1; }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
