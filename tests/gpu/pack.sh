@@ -6,10 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=target/llm8-gpu
 rm -rf "$folder" && mkdir -p "$folder"
-cargo build --release --locked --features cuda
-cargo build --release --locked --features cuda -p int8-ops --example layer_times
-# The last line that names an executable is the test's.
-test=$(cargo test --release --locked --features cuda -p int8-models --test gpu --no-run --message-format json |
+# Of the whole workspace, so that all share one build of what they depend on.
+workspace=(--release --locked --workspace --features cuda)
+cargo build "${workspace[@]}" --bin llm8 --example layer_times
+test=$(cargo test "${workspace[@]}" --test gpu --no-run --message-format json |
     python3 -c 'import json, sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["name"] == "gpu"][-1])')
 cp target/release/llm8 target/release/examples/layer_times tests/gpu/run.sh "$folder"
 cp "$test" "$folder/gpu-tests"
