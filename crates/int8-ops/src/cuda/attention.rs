@@ -90,19 +90,21 @@ pub(crate) fn attention(
         Some(width) if cache_dtype == DType::F16 && head_dim.is_multiple_of(8) && tokens >= MANY_QUERIES => Some(width),
         _ => None,
     };
-    let start = |file, name: String| -> Result<Launch> {
-        Ok(Launch::new(device, file, name)
+    let capacity = keys_layout.dims()[2];
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    // `attention_step` has a workspace behind the output, or none at 0.
+    let launch = |file, name: String, workspace: Option<u64>| -> Result<Launch> {
+        let launch = Launch::new(device, file, name)
             .pointer(address(queries, layout.start_offset())?)
             .pointer(address(keys, keys_layout.start_offset())?)
             .pointer(address(values, values_layout.start_offset())?)
             .pointer(slopes.as_ref().map_or(Ok(0), |slopes| address_of(device, slopes))?)
-            .pointer(address(&out, 0)?))
-    };
-    let capacity = keys_layout.dims()[2];
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    if let Some(width) = prompt_width {
-        let name = format!("attention_prompt_{width}_{}_f16", suffix(dtype)?);
-        let launch = start("attention_prompt", name)?
+            .pointer(address(&out, 0)?);
+        let launch = match workspace {
+            Some(workspace) => launch.pointer(workspace),
+            None => launch,
+        };
+        Ok(launch
             .int(heads)?
             .int(tokens)?
             .int(head_dim)?
@@ -111,7 +113,11 @@ pub(crate) fn attention(
             .float(scale)
             .long(batch_stride)
             .long(head_stride)
-            .long(token_stride);
+            .long(token_stride))
+    };
+    if let Some(width) = prompt_width {
+        let name = format!("attention_prompt_{width}_{}_f16", suffix(dtype)?);
+        let launch = launch("attention_prompt", name, None)?;
         // SAFETY: the cache holds `past + tokens` (the caller's check), and the strides are those of the queries.
         unsafe { launch.run([batch * heads, tokens.div_ceil(PROMPT_QUERIES), 1], PROMPT_THREADS, 0)? };
         return Ok(out);
@@ -123,17 +129,8 @@ pub(crate) fn attention(
         _ => Some(uninitialized(device, DType::F32, rows * splits * (head_dim + 2))?),
     };
     let workspace_address = workspace.as_ref().map_or(Ok(0), |workspace| address(workspace, 0))?;
-    let launch = start("attention_step", format!("attention_step_{}_{}", suffix(dtype)?, suffix(cache_dtype)?))?
-        .pointer(workspace_address)
-        .int(heads)?
-        .int(tokens)?
-        .int(head_dim)?
-        .int(capacity)?
-        .int(past)?
-        .float(scale)
-        .long(batch_stride)
-        .long(head_stride)
-        .long(token_stride);
+    let name = format!("attention_step_{}_{}", suffix(dtype)?, suffix(cache_dtype)?);
+    let launch = launch("attention_step", name, Some(workspace_address))?;
     // SAFETY: as above, and the workspace has room for every part.
     unsafe { launch.run([batch * heads, splits, tokens.div_ceil(STEP_QUERIES)], STEP_THREADS, 0)? };
     if workspace.is_some() {
