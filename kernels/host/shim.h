@@ -34,9 +34,6 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(8) int2 {
     int x, y;
 };
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
 struct alignas(16) int4 {
     int x, y, z, w;
 };
@@ -69,8 +66,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyintf(x)); }
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
@@ -81,8 +76,6 @@ inline unsigned __float_as_uint(float value) {
     std::memcpy(&bits, &value, 4);
     return bits;
 }
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max;
@@ -97,24 +90,11 @@ inline unsigned atomicOr(unsigned* place, unsigned bits) {
     return old;
 }
 template <class T>
-T atomicAdd(T* place, T value) {
-    const T old = *place;
-    *place += value;
-    return old;
-}
-template <class T>
-T atomicMax(T* place, T value) {
-    const T old = *place;
-    *place = std::max(old, value);
-    return old;
-}
-template <class T>
 T atomicMin(T* place, T value) {
     const T old = *place;
     *place = std::min(old, value);
     return old;
 }
-inline void __threadfence() {}
 
 namespace shim {
 
@@ -244,11 +224,6 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
     return shim::exchanged(value, static_cast<unsigned>(lane));
-}
-template <class T>
-T __shfl_down_sync(unsigned, T value, unsigned delta) {
-    const unsigned lane = shim::flat_thread() % 32;
-    return shim::exchanged(value, lane + delta < 32 ? lane + delta : lane);
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
     unsigned bits = 0;
