@@ -49,7 +49,7 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
         assert_eq!(row["model"], folder);
         assert_eq!(row["precision"], "int8");
         assert_eq!(row["unit"], "tokens/s");
-        assert_eq!(row["cache_dtype"], "f16");
+        assert_eq!(row["cache_dtype"], "int16");
         assert_eq!(row["device"], "cpu");
         for key in [
             "device_name",
@@ -117,7 +117,7 @@ fn every_combination_has_a_row() {
         assert_eq!(rows.as_array().unwrap().len(), 1);
         assert_eq!(rows[0]["test"], test);
     }
-    for dtype in ["f16", "f32"] {
+    for dtype in ["int16", "f16", "f32"] {
         let rows = json_of(&[fixed.as_slice(), &["--threads=1,2", "--cache-dtype", dtype]].concat());
         assert!(rows.as_array().unwrap().iter().all(|row| row["cache_dtype"] == dtype), "{rows}");
     }

@@ -132,6 +132,8 @@ fn a_cache_in_32_bits_takes_twice_the_memory() {
         report["memory"]["kv_cache_bytes"].as_u64().unwrap()
     };
     assert_eq!(cache_bytes("f32"), 2 * cache_bytes("f16"));
+    let with_scales = cache_bytes("int16");
+    assert!(cache_bytes("f16") < with_scales && with_scales < cache_bytes("f32"), "{with_scales}");
 }
 
 #[test]

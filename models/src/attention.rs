@@ -1,56 +1,31 @@
 //! Causal attention over cached keys and values, and ALiBi.
 
-use candle_core::{DType, Result, Tensor, bail};
-use int8_ops::{AttentionCache, attention};
+use candle_core::{Result, Tensor, bail};
+use int8_ops::{AttentionCache, CacheDtype, attention};
 
 /// The keys and values of every layer for the tokens seen so far; its length is the position.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Option<AttentionCache>>,
-    dtype: CacheDtype,
+    /// `None`: what is best where the model runs.
+    dtype: Option<CacheDtype>,
     /// Tokens that every layer holds.
     len: usize,
-}
-
-/// What keys and values are cached in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum CacheDtype {
-    /// Half the memory, and half the reading at each token.
-    #[default]
-    F16,
-    /// As they were computed.
-    F32,
-}
-
-impl CacheDtype {
-    /// `f16` or `f32`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::F32 => "f32",
-        }
-    }
-
-    fn candle(self) -> DType {
-        match self {
-            Self::F16 => DType::F16,
-            Self::F32 => DType::F32,
-        }
-    }
 }
 
 /// Tokens that a cache has room for at first.
 const FIRST_CAPACITY: usize = 64;
 
 impl KvCache {
-    /// An empty cache in f16 for a model of `num_layers` blocks; memory is taken as tokens come.
+    /// An empty cache for a model of `num_layers` blocks, in what is best where that runs; memory is taken as
+    /// tokens come.
     pub fn new(num_layers: usize) -> Self {
-        Self::with_dtype(num_layers, CacheDtype::default())
+        Self::with_dtype(num_layers, None)
     }
 
-    /// An empty cache for a model of `num_layers` blocks.
-    pub fn with_dtype(num_layers: usize, dtype: CacheDtype) -> Self {
-        Self { layers: vec![None; num_layers], dtype, len: 0 }
+    /// The same in a dtype of choice.
+    pub fn with_dtype(num_layers: usize, dtype: impl Into<Option<CacheDtype>>) -> Self {
+        Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0 }
     }
 
     /// The number of layers that it is for.
@@ -78,10 +53,10 @@ impl KvCache {
         self.layers.iter().flatten().map(AttentionCache::bytes).sum()
     }
 
-    /// Bytes that the keys and values of one token take, for a model of `num_layers` blocks whose heads are
-    /// whole vectors wide.
-    pub fn bytes_per_token(num_layers: usize, hidden_size: usize, dtype: CacheDtype) -> usize {
-        2 * num_layers * hidden_size * dtype.candle().size_in_bytes()
+    /// Bytes that the keys and values of one token take, for a model of `num_layers` blocks of `num_heads` heads
+    /// that are whole vectors wide.
+    pub fn bytes_per_token(num_layers: usize, num_heads: usize, head_dim: usize, dtype: CacheDtype) -> usize {
+        num_layers * num_heads * dtype.bytes(head_dim)
     }
 
     /// The part of the cache that belongs to block `index`.
@@ -104,7 +79,7 @@ impl KvCache {
         let held = match layer.take() {
             Some(held) if held.capacity() >= len => held,
             Some(held) if past > 0 => held.grown(past, capacity)?,
-            _ => AttentionCache::new(keys, capacity, self.dtype.candle())?,
+            _ => AttentionCache::new(keys, capacity, self.dtype.unwrap_or_else(|| CacheDtype::of(keys.device())))?,
         };
         held.write(past, keys, values)?;
         if index + 1 == num_layers {
@@ -176,7 +151,7 @@ mod tests {
         let tokens = 200;
         let [queries, keys, values_] = random(tokens)?;
         let slopes = alibi_slopes(3);
-        for dtype in [CacheDtype::F16, CacheDtype::F32] {
+        for dtype in [CacheDtype::Int16, CacheDtype::F16, CacheDtype::F32] {
             let mut whole = KvCache::with_dtype(1, dtype);
             let found = attend(&queries, &keys, &values_, Some(&slopes), whole.layer(0))?;
             for run in [1, 7, 64] {
@@ -214,12 +189,13 @@ mod tests {
 
     #[test]
     fn a_cache_takes_the_bytes_of_its_dtype_for_whole_blocks_of_tokens() -> Result<()> {
-        for (dtype, bytes) in [(CacheDtype::F16, 2), (CacheDtype::F32, 4)] {
+        // A scale comes with each integer key and value.
+        for (dtype, bytes, scale) in [(CacheDtype::Int16, 2, 4), (CacheDtype::F16, 2, 0), (CacheDtype::F32, 4, 0)] {
             let mut cache = KvCache::with_dtype(1, dtype);
             let [queries, keys, values_] = random(65)?;
             attend(&queries, &keys, &values_, None, cache.layer(0))?;
             // Keys of 8 features, and values padded to 16.
-            assert_eq!(cache.bytes(), 2 * 3 * 128 * (8 + 16) * bytes);
+            assert_eq!(cache.bytes(), 2 * 3 * 128 * ((8 + 16) * bytes + 2 * scale));
         }
         Ok(())
     }

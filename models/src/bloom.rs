@@ -116,6 +116,7 @@ impl Bloom {
             num_layers: shape.num_layers,
             head,
             hidden_size: hidden,
+            num_heads: shape.num_heads,
             context: LongestContext::Trained(config.size_or(&["seq_length", "n_positions"], TRAINED_CONTEXT)?),
         })
     }

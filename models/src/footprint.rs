@@ -4,8 +4,9 @@
 //! The bytes are those that loading enters in the [`Ledger`](crate::Ledger), to the byte.
 
 use candle_core::DType;
+use int8_ops::CacheDtype;
 
-use crate::attention::{CacheDtype, KvCache};
+use crate::attention::KvCache;
 use crate::checkpoint::TensorHeaders;
 use crate::config::Config;
 use crate::error::Result;
@@ -66,7 +67,8 @@ impl Footprint {
 
     /// Bytes of the keys and values of so many tokens.
     pub fn kv_cache(&self, tokens: usize, dtype: CacheDtype) -> u64 {
-        let per_token = KvCache::bytes_per_token(self.outline.num_layers, self.outline.hidden_size, dtype);
+        let Outline { num_layers, num_heads, hidden_size, .. } = self.outline;
+        let per_token = KvCache::bytes_per_token(num_layers, num_heads, hidden_size / num_heads, dtype);
         (per_token as u64).saturating_mul(tokens as u64)
     }
 
@@ -79,7 +81,7 @@ impl Footprint {
     /// blocks are kept whole, with their part of the cache, and what is outside of them is on the first
     /// device. `None` where a part is too large for any of them.
     pub fn devices(&self, precision: &Precision, tokens: usize, memory: u64) -> Option<u64> {
-        let cache = self.kv_cache(tokens, CacheDtype::default()) / self.outline.num_layers as u64;
+        let cache = self.kv_cache(tokens, CacheDtype::F16) / self.outline.num_layers as u64;
         let mut free = memory.checked_sub(self.outside(precision).total())?;
         let mut devices = 1;
         let first_block = self.block(0, precision).total();

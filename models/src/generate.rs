@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
+use int8_ops::CacheDtype;
 
-use crate::attention::{CacheDtype, KvCache};
+use crate::attention::KvCache;
 use crate::causal_lm::CausalLm;
 use crate::error::{Error, Result};
 
@@ -25,8 +26,8 @@ pub struct GenerateOptions {
     pub repetition_penalty: f32,
     /// The same seed draws the same tokens.
     pub seed: u64,
-    /// What keys and values are cached in.
-    pub cache_dtype: CacheDtype,
+    /// What keys and values are cached in; `None` for what is best where the model runs.
+    pub cache_dtype: Option<CacheDtype>,
     /// Ids that end the text; the one met is the last token.
     pub eos: Vec<u32>,
     /// Asked before every token and every block: whether to end at once.
@@ -42,7 +43,7 @@ impl Default for GenerateOptions {
             top_p: None,
             repetition_penalty: 1.0,
             seed: 0,
-            cache_dtype: CacheDtype::default(),
+            cache_dtype: None,
             eos: Vec::new(),
             is_interrupted: || false,
         }

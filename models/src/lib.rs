@@ -53,7 +53,7 @@ mod text;
 mod weights;
 
 pub use agreement::Agreement;
-pub use attention::{CacheDtype, KvCache};
+pub use attention::KvCache;
 pub use candle_core::Device;
 pub use causal_lm::CausalLm;
 pub use checkpoint::{ReadSeek, TensorHeaders, WeightFiles};
@@ -63,6 +63,7 @@ pub use files::{WeightForm, small_files};
 pub use folder::ModelFolder;
 pub use footprint::{Footprint, WeightBytes};
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use int8_ops::CacheDtype;
 pub use ledger::{Ledger, LedgerEntry};
 pub use load::{LoadOptions, Loaded, Progress, architecture, load, stored_int8};
 pub use outline::{Component, LongestContext};

@@ -173,6 +173,7 @@ impl Opt {
             num_layers: shape.num_layers,
             head,
             hidden_size: hidden,
+            num_heads: shape.num_heads,
             context: LongestContext::Positions(shape.max_positions),
         })
     }

@@ -136,6 +136,7 @@ pub(crate) struct Outline {
     /// The head, where it is not the embedding; under no prefix.
     pub(crate) head: Parameters,
     pub(crate) hidden_size: usize,
+    pub(crate) num_heads: usize,
     pub(crate) context: LongestContext,
 }
 

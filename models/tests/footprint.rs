@@ -152,12 +152,12 @@ fn the_cache_takes_what_attention_keeps() {
     let bloom = published_footprint("bigscience/bloom-7b1");
     assert_eq!(
         bloom.kv_cache(1000, CacheDtype::F16),
-        1000 * KvCache::bytes_per_token(30, 4096, CacheDtype::F16) as u64
+        1000 * KvCache::bytes_per_token(30, 32, 128, CacheDtype::F16) as u64
     );
     assert_eq!(bloom.longest_context(), LongestContext::Trained(2048));
     let opt = published_footprint("facebook/opt-350m");
     assert_eq!(opt.kv_cache(10, CacheDtype::F32), 2 * opt.kv_cache(10, CacheDtype::F16));
-    assert_eq!(opt.kv_cache(10, CacheDtype::F16), 10 * KvCache::bytes_per_token(24, 1024, CacheDtype::F16) as u64);
+    assert_eq!(opt.kv_cache(10, CacheDtype::F16), 10 * KvCache::bytes_per_token(24, 16, 64, CacheDtype::F16) as u64);
     assert_eq!(opt.longest_context(), LongestContext::Positions(2048));
     // A config that says what the model was trained on.
     assert_eq!(footprint(&model("tiny-bloom")).longest_context(), LongestContext::Trained(256));

@@ -202,7 +202,7 @@ fn attention_is_that_of_the_cpu() -> Result<()> {
     let (batch, heads) = (2, 3);
     let slopes = [0.5f32, 0.25, 0.0625];
     for head_dim in [8, 20, 64, 80, 96, 128, 160] {
-        for (cache_dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 5e-3)] {
+        for (cache_dtype, tolerance) in [(CacheDtype::F32, 1e-4), (CacheDtype::F16, 5e-3)] {
             for slopes in [None, Some(&slopes[..])] {
                 let run = |device: &Device, parts: &[[Tensor; 3]]| -> Result<Vec<Tensor>> {
                     let like = parts[0][0].to_device(device)?;
@@ -300,7 +300,7 @@ fn check_logits(loaded: &Loaded, input_ids: &Tensor, wanted: &Tensor, bound: f32
 
 /// The likeliest token each time.
 fn continuation(model: &dyn CausalLm, prompt: &[u32], len: usize, cache_dtype: CacheDtype) -> Vec<u32> {
-    let options = GenerateOptions { max_new_tokens: len, cache_dtype, ..GenerateOptions::default() };
+    let options = GenerateOptions { max_new_tokens: len, cache_dtype: Some(cache_dtype), ..GenerateOptions::default() };
     generate(model, prompt, &options).unwrap().map(|token| token.unwrap()).collect()
 }
 

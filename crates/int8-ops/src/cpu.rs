@@ -32,8 +32,11 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 pub(crate) use activations::{Activations, Values};
-pub use attention::RunningSoftmax;
-pub(crate) use attention::{CacheValue, Cached, KEYS_PER_BLOCK, LANES, Queries, attend, padded};
+pub use attention::{BlockScales, Bound, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax};
+pub(crate) use attention::{
+    Cache, CacheValue, FloatCache, Int16Cache, LANES, Queries, attend, key_record, padded, value_record, write_key,
+    write_value,
+};
 pub use product::Finish;
 pub(crate) use product::{OutputColumns, float_product, int8_product};
 
@@ -69,6 +72,20 @@ pub struct Kernels {
     /// blocks are to be multiplied by.
     pub softmax_block:
         fn(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32,
+    /// The codes (as many as x) of a key, query or value, and what turns them back into floats. Values are cut
+    /// off at ±2^24.
+    pub int16_codes: fn(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32,
+    /// The integer sums of queries with a block of keys become the codes of their weights, each times its value's
+    /// scale, zero where a key is not seen; `weights` is room for them on the way.
+    pub softmax_codes: fn(
+        sums: &[[i32; KEYS_PER_BLOCK]],
+        block: &BlockScales,
+        queries: &mut [Query],
+        weights: &mut [[f32; KEYS_PER_BLOCK]],
+        codes: &mut [[i16; KEYS_PER_BLOCK]],
+    ),
+    /// `context = context * shrink + sums * scale`.
+    pub shrink_and_add: fn(context: &mut [f32], shrink: f32, sums: &[i32], scale: f32),
     /// The norm of one row; see [`LayerNormRow`].
     pub layer_norm: LayerNormRow,
     /// `x += other`.
@@ -94,6 +111,8 @@ pub struct Kernels {
     pub f32_outer: OuterSum<f32>,
     /// A sum of outer products with f16 vectors; see [`OuterSum`].
     pub f16_outer: OuterSum<f16>,
+    /// Integer sums of pairs of codes; see [`PairSums`].
+    pub pair_sums: PairSums,
 }
 
 /// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
@@ -111,6 +130,10 @@ pub type LayerNormRow = fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, ou
 /// sums (rows, width); the width is a multiple of 16. Lanes 16 v to 16 v + 15 of `b[k]` lie side by side
 /// from `k * strides[0] + v * strides[1]` on.
 pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2], sums: &mut [f32], width: usize);
+
+/// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
+/// `lanes` l, a multiple of 16, for a (rows, ..), b (.., width), and sums (rows, width).
+pub type PairSums = fn(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize);
 
 /// Every table this build has, the fastest first; `portable` is always last.
 static ALL: &[&Kernels] = &[

@@ -34,7 +34,7 @@ mod matrix;
 mod outliers;
 mod quantize;
 
-pub use attention::{AttentionCache, attention, attention_with};
+pub use attention::{AttentionCache, CacheDtype, attention, attention_with};
 pub use elementwise::{Activation, add};
 pub use float::{FloatLinear, float_matmul, float_matmul_with, read_floats};
 pub use fused::Fused;

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use int8_ops::cpu::Kernels;
-use int8_ops::{Activation, AttentionCache, LayerNorm, add, attention_with};
+use int8_ops::{Activation, AttentionCache, CacheDtype, LayerNorm, add, attention_with};
 
 /// From -50 to 50, close together around 0.
 fn arguments() -> Vec<f32> {
@@ -93,15 +93,17 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
     let (batch, heads) = (2, 3);
     let slopes = [0.5, 0.25, 0.125];
     let sizes = [(0, 1, 5), (0, 70, 64), (63, 2, 80), (64, 30, 17), (130, 25, 128)];
-    for (dtype, (past, tokens, head_dim)) in
-        [DType::F16, DType::F32].into_iter().flat_map(|dtype| sizes.map(|size| (dtype, size)))
+    for ((cache_dtype, dtype), (past, tokens, head_dim)) in
+        [(CacheDtype::F16, DType::F16), (CacheDtype::F32, DType::F32)]
+            .into_iter()
+            .flat_map(|dtypes| sizes.map(|size| (dtypes, size)))
     {
         let len = past + tokens;
         // The three lie in one another, as the fused projection gives them.
         let fused = Tensor::randn(0f32, 1.0, (batch, len, heads, 3, head_dim), &Device::Cpu)?;
         let part = |index| fused.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
         let (queries, keys, values) = (part(0)?.narrow(2, past, tokens)?, part(1)?, part(2)?);
-        let cache = AttentionCache::new(&keys, 16, dtype)?;
+        let cache = AttentionCache::new(&keys, 16, cache_dtype)?;
         assert!(cache.write(0, &keys, &values).is_err() || len <= cache.capacity());
         let cache = cache.grown(0, len)?;
         cache.write(0, &keys, &values)?;
@@ -139,9 +141,71 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
     Ok(())
 }
 
+/// The mean magnitude of differences.
+fn distance(found: &[f32], wanted: &[f64]) -> f64 {
+    let differences = found.iter().zip(wanted).map(|(&found, wanted)| (f64::from(found) - wanted).abs());
+    differences.sum::<f64>() / found.len() as f64
+}
+
+#[test]
+fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_everywhere() -> Result<()> {
+    const HEADS: usize = 24;
+    for (past, tokens, head_dim, slope) in [
+        (0, 40, 5, 0.0),
+        (0, 70, 64, 0.0),
+        (63, 2, 80, 0.3),
+        (64, 30, 17, 0.7),
+        (500, 50, 128, 0.0),
+        (900, 20, 64, 0.5),
+    ] {
+        let len = past + tokens;
+        let random = |len| Tensor::randn(0f32, 1.0, (1, HEADS, len, head_dim), &Device::Cpu);
+        // Some keys far away are so large that they count in spite of their distance, and their values are large.
+        let sizes = (0..len).map(|key| if key % 97 == 3 { 20f32 } else { 1.0 });
+        let sizes = Tensor::from_iter(sizes, &Device::Cpu)?.reshape((1, 1, len, 1))?;
+        let [keys, values] = [random(len)?, random(len)?].map(|tensor| tensor.broadcast_mul(&sizes).unwrap());
+        let queries = random(tokens)?;
+        let [q, k, v] =
+            [&queries, &keys, &values].map(|tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let mut wanted = Vec::new();
+        for (query, head) in (0..tokens).flat_map(|query| (0..HEADS).map(move |head| (query, head))) {
+            let row =
+                |all: &[f32], len: usize, index: usize| all[(head * len + index) * head_dim..][..head_dim].to_vec();
+            let q = row(&q, tokens, query);
+            let scores = (0..=past + query).map(|key| {
+                let products = q.iter().zip(row(&k, len, key)).map(|(&q, k)| f64::from(q) * f64::from(k));
+                products.sum::<f64>() / (head_dim as f64).sqrt() + f64::from(slope) * key as f64
+            });
+            let scores: Vec<f64> = scores.collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sums = vec![0f64; head_dim];
+            for (key, weight) in weights.iter().enumerate() {
+                sums.iter_mut().zip(row(&v, len, key)).for_each(|(sum, v)| *sum += weight / total * f64::from(v));
+            }
+            wanted.extend(sums);
+        }
+        let attended = |dtype, kernels| -> Result<Vec<f32>> {
+            let cache = AttentionCache::new(&keys, len, dtype)?;
+            cache.write(0, &keys, &values)?;
+            attention_with(kernels, &queries, &cache, past, Some(&[slope; HEADS]))?.flatten_all()?.to_vec1()
+        };
+        let in_f16 = distance(&attended(CacheDtype::F16, Kernels::active())?, &wanted);
+        let found = attended(CacheDtype::Int16, Kernels::active())?;
+        let in_int16 = distance(&found, &wanted);
+        assert!(in_int16 < in_f16, "{in_int16} for {in_f16}: {tokens} after {past}, head_dim {head_dim}");
+        for kernels in Kernels::available() {
+            assert_eq!(attended(CacheDtype::Int16, kernels)?, found, "{}", kernels.name);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn no_tokens_attend_to_nothing() -> Result<()> {
-    for (dtype, past) in [(DType::F16, 0), (DType::F32, 0), (DType::F16, 3)] {
+    let dtypes = [(CacheDtype::F16, 0), (CacheDtype::F32, 0), (CacheDtype::F16, 3), (CacheDtype::Int16, 3)];
+    for (dtype, past) in dtypes {
         let none = Tensor::zeros((2, 3, 0, 16), DType::F32, &Device::Cpu)?;
         let cache = AttentionCache::new(&none, past, dtype)?;
         cache.write(past, &none, &none)?;
@@ -158,7 +222,7 @@ fn a_value_beyond_f16_does_not_reach_the_queries_before_it() -> Result<()> {
     let (queries, keys) = (row([1.0; 3])?, row([1.0, 1e6, -1e9])?);
     for far in [65_520.0, 1e9, f32::MAX, f32::INFINITY] {
         let values = row([0.5, far, -far])?;
-        let cache = AttentionCache::new(&keys, 3, DType::F16)?;
+        let cache = AttentionCache::new(&keys, 3, CacheDtype::F16)?;
         cache.write(0, &keys, &values)?;
         for kernels in Kernels::available() {
             let found = attention_with(kernels, &queries, &cache, 0, None)?.to_vec3::<f32>()?;
@@ -171,10 +235,29 @@ fn a_value_beyond_f16_does_not_reach_the_queries_before_it() -> Result<()> {
 }
 
 #[test]
+fn a_value_that_int16_cuts_off_does_not_reach_the_queries_before_it() -> Result<()> {
+    let row = |values: [f32; 3]| Tensor::from_iter(values, &Device::Cpu)?.reshape((1, 1, 3, 1))?.repeat((1, 1, 1, 20));
+    let (queries, keys) = (row([1.0; 3])?, row([1.0, 1e6, -1e9])?);
+    for far in [65_520.0, 1e9, f32::MAX, f32::INFINITY, f32::NAN] {
+        let cache = AttentionCache::new(&keys, 3, CacheDtype::Int16)?;
+        cache.write(0, &keys, &row([0.5, far, -far])?)?;
+        for kernels in Kernels::available() {
+            let found = attention_with(kernels, &queries, &cache, 0, None)?.to_vec3::<f32>()?;
+            assert!(found[0][0].iter().all(|x| (x - 0.5).abs() < 1e-6), "{} {far}: {:?}", kernels.name, found[0][0]);
+            for found in &found[0][1..] {
+                let wanted = far.min(16_777_216.0);
+                let is_right = |x: &f32| if far.is_nan() { x.is_nan() } else { (x / wanted - 1.0).abs() < 1e-6 };
+                assert!(found.iter().all(is_right), "{} {far}: {found:?}", kernels.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn what_does_not_fit_is_refused() -> Result<()> {
     let x = Tensor::zeros((1, 2, 3, 4), DType::F32, &Device::Cpu)?;
-    assert!(AttentionCache::new(&x, 8, DType::BF16).is_err());
-    let cache = AttentionCache::new(&x, 8, DType::F16)?;
+    let cache = AttentionCache::new(&x, 8, CacheDtype::F16)?;
     let kernels = Kernels::active();
     assert!(attention_with(kernels, &x, &cache, cache.capacity(), None).is_err(), "no room for so many");
     assert!(attention_with(kernels, &x, &cache, 0, Some(&[1.0])).is_err(), "a slope for each head");

@@ -1,7 +1,7 @@
 //! Every instruction set this machine has, against plain loops over odd sizes and odd values.
 
 use half::{bf16, f16};
-use int8_ops::cpu::{Finish, Kernels, RunningSoftmax};
+use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax};
 use proptest::prelude::*;
 
 /// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
@@ -78,6 +78,55 @@ proptest! {
             let mut found = vec![1i8; x.len()];
             (kernels.quantize)(&kept, inverse, &mut found);
             prop_assert_eq!(&found, &codes, "{}", kernels.name);
+        }
+    }
+
+    #[test]
+    fn sums_of_pairs_are_exact(
+        (rows, depth, vectors) in (1..14usize, 1..70usize, 1..7usize),
+        codes in prop::collection::vec(-32_767i16..=32_767, 7919),
+        spare in 0..2usize,
+    ) {
+        let (width, lanes) = (16 * (vectors + spare), 16 * vectors);
+        let pairs = |skip: usize, count: usize| (0..count).map(|i| [0, 1].map(|part| codes[(skip + 2 * i + part) % codes.len()])).collect::<Vec<_>>();
+        let (a, b) = (pairs(0, rows * (depth + spare)), pairs(17, depth * width));
+        for kernels in Kernels::available() {
+            let mut sums = vec![7i32; rows * width];
+            (kernels.pair_sums)(&a, depth, &b, &mut sums, width, lanes);
+            for (index, &sum) in sums.iter().enumerate().filter(|(index, _)| index % width < lanes) {
+                let (row, lane) = (index / width, index % width);
+                let wanted = (0..depth).flat_map(|k| {
+                    let (a, b) = (a[row * (depth + spare) + k], b[k * width + lane]);
+                    [0, 1].map(|part| i64::from(a[part]) * i64::from(b[part]))
+                });
+                prop_assert_eq!(sum, wanted.sum::<i64>() as i32, "{}", kernels.name);
+            }
+        }
+    }
+
+    #[test]
+    fn codes_of_keys_and_values_are_within_their_bound_and_the_same_everywhere(
+        x in prop::collection::vec(-40f32..40.0, 1..200),
+        size in prop_oneof![Just(1f32), Just(1e-15), Just(1e4), Just(1e30)],
+    ) {
+        let x: Vec<f32> = x.iter().map(|x| x * size).collect();
+        let kept: Vec<f64> = x.iter().map(|&x| f64::from(x.clamp(-16_777_216.0, 16_777_216.0))).collect();
+        for bound in [Bound::Norm, Bound::Magnitude] {
+            let norm = kept.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let scale = match bound {
+                Bound::Norm => norm / 32_767.0,
+                Bound::Magnitude => kept.iter().fold(0f64, |max, x| max.max(x.abs())) / 8_191.0,
+            };
+            let mut wanted = None;
+            for kernels in Kernels::available() {
+                let mut codes = vec![1i16; x.len()];
+                let found = (kernels.int16_codes)(&x, bound, &mut codes);
+                prop_assert!((f64::from(found) / scale - 1.0).abs() < 1e-5, "{}: {found} for {scale}", kernels.name);
+                for (&code, x) in codes.iter().zip(&kept) {
+                    prop_assert!((f64::from(code) - x / scale).abs() < 0.51, "{}: {code}", kernels.name);
+                }
+                prop_assert_eq!(&codes, wanted.get_or_insert_with(|| codes.clone()), "{}", kernels.name);
+            }
         }
     }
 

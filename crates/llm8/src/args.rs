@@ -118,9 +118,9 @@ pub struct DeviceArgs {
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[command(next_help_heading = "Precision")]
 pub struct CacheArgs {
-    /// What keys and values are cached in.
-    #[arg(long = "cache-dtype", value_name = "CACHE_DTYPE", value_enum, default_value_t = CacheDtypeName::F16)]
-    pub dtype: CacheDtypeName,
+    /// What keys and values are cached in [default: int16 on a CPU, f16 on a CUDA device].
+    #[arg(long = "cache-dtype", value_name = "CACHE_DTYPE", value_enum)]
+    pub dtype: Option<CacheDtypeName>,
 }
 
 /// How a model is found on the Hugging Face Hub, and where it is kept.
@@ -172,15 +172,18 @@ pub enum BaselineName {
 /// What keys and values can be cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheDtypeName {
-    /// 16-bit floats: half the memory, and half the reading at each token.
+    /// 16-bit integers with a scale for each head's key and value, on a CPU: as exact as f16, and faster.
+    Int16,
+    /// 16-bit floats.
     F16,
-    /// 32-bit floats, as keys and values are computed.
+    /// 32-bit floats, as keys and values are computed: twice the memory, and twice the reading at each token.
     F32,
 }
 
 impl From<CacheDtypeName> for CacheDtype {
     fn from(name: CacheDtypeName) -> Self {
         match name {
+            CacheDtypeName::Int16 => Self::Int16,
             CacheDtypeName::F16 => Self::F16,
             CacheDtypeName::F32 => Self::F32,
         }

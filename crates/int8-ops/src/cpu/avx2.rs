@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use super::elementwise::elementwise_kernels;
 use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch_after};
-use super::{Kernels, portable};
+use super::{Kernels, Pair, portable};
 
 elementwise_kernels!("avx2,fma,f16c");
 
@@ -26,6 +26,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
+    pair_sums: |a, depth, b, sums, width, lanes| unsafe { pair_sums(a, depth, b, sums, width, lanes) },
     ..elementwise::KERNELS
 };
 
@@ -245,6 +246,58 @@ fn outer_tile<const R: usize, W: Widen>(
         for (v, acc) in acc.into_iter().enumerate() {
             // SAFETY: as for the loads.
             unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(r * width + v * 8), acc) };
+        }
+    }
+    R
+}
+
+#[target_feature(enable = "avx2")]
+fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+    let rows = sums.len() / width;
+    let stride = a.len() / rows;
+    for lane in (0..lanes).step_by(16) {
+        let b = &b[lane..];
+        let mut row = 0;
+        while row < rows {
+            let (a, sums) = (&a[row * stride..], &mut sums[row * width + lane..]);
+            row += match rows - row {
+                1 => pair_tile::<1>(a, stride, depth, b, sums, width),
+                2 | 3 => pair_tile::<2>(a, stride, depth, b, sums, width),
+                _ => pair_tile::<4>(a, stride, depth, b, sums, width),
+            };
+        }
+    }
+}
+
+/// R rows by 16 lanes of [`PairSums`](super::PairSums); gives R.
+#[target_feature(enable = "avx2")]
+fn pair_tile<const R: usize>(
+    a: &[Pair],
+    stride: usize,
+    depth: usize,
+    b: &[Pair],
+    sums: &mut [i32],
+    width: usize,
+) -> usize {
+    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + 16);
+    assert!(b.len() >= (depth - 1) * width + 16);
+    let mut acc = [[_mm256_setzero_si256(); 2]; R];
+    for k in 0..depth {
+        // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
+        let vectors: [__m256i; 2] =
+            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(b.as_ptr().add(k * width + v * 8).cast()) });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let a = _mm256_set1_epi32(unsafe { a.as_ptr().add(r * stride + k).cast::<i32>().read_unaligned() });
+            for (acc, vector) in acc.iter_mut().zip(vectors) {
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(a, vector));
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: the sums lie in the slice (asserted above).
+            unsafe { _mm256_storeu_si256(sums.as_mut_ptr().add(r * width + v * 8).cast(), acc) };
         }
     }
     R

@@ -6,7 +6,7 @@
 macro_rules! elementwise_kernels {
     ($features:literal) => {
         mod elementwise {
-            use super::super::portable::{self, Finish, RunningSoftmax};
+            use super::super::portable::{self, BlockScales, Bound, Finish, KEYS_PER_BLOCK, Query, RunningSoftmax};
             use super::super::Kernels;
 
             $crate::cpu::elementwise::compiled_for!($features:
@@ -17,6 +17,9 @@ macro_rules! elementwise_kernels {
                 gather_columns(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]) -> ();
                 finish(sums: &[i32], with: &Finish, out: &mut [f32]) -> ();
                 softmax_block(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32;
+                int16_codes(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32;
+                softmax_codes(sums: &[[i32; KEYS_PER_BLOCK]], block: &BlockScales, queries: &mut [Query], weights: &mut [[f32; KEYS_PER_BLOCK]], codes: &mut [[i16; KEYS_PER_BLOCK]]) -> ();
+                shrink_and_add(context: &mut [f32], shrink: f32, sums: &[i32], scale: f32) -> ();
                 layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) -> ();
                 add(x: &mut [f32], other: &[f32]) -> ();
                 relu(x: &mut [f32]) -> ();

@@ -1,14 +1,16 @@
 //! Elementary functions in f32, written so that a loop over them is vectorised; the same bits on every
 //! instruction set.
 
+/// 1.5 * 2^23: what is added to it is rounded to a whole number, half to even, in the lowest bits of the
+/// sum. Other ways to an integer mind what lies beyond its range, value by value.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
 /// `e^x` to 2 units in the last place, for x from -87 to 88; beyond, that of the nearer end. NaN stays NaN.
 ///
 /// `x = n ln 2 + r` with |r| <= ln 2 / 2; `e^r` by its Taylor series, whose seventh power is below half a
 /// unit in the last place there.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    /// Adding it leaves the nearest whole number in the low bits.
-    const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts, the first with zeros at its end: its multiples are exact.
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
     // Not `clamp`, `min` or `max`, whose ways with NaN are not those of vector instructions.
@@ -24,6 +26,22 @@ pub(super) fn exp(x: f32) -> f32 {
     let power = series * (r * r) + r + 1.0;
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
     power * f32::from_bits(exponent)
+}
+
+/// `2^x` to 1e-7 of its value, for x from -125 to 125; below, that of -125. NaN stays NaN.
+///
+/// `x = n + r` with |r| <= 1/2; `2^r` by the polynomial of degree 5 whose largest relative error there is least.
+#[inline(always)]
+pub(super) fn exp2(x: f32) -> f32 {
+    let x = if x < -125.0 { -125.0 } else { x };
+    let shifted = x + ROUND;
+    let r = x - (shifted - ROUND);
+    let series = 0.001_326_472_6 * r + 0.009_671_513;
+    let series = series * r + 0.055_507_34;
+    let series = series * r + 0.240_222_42;
+    let series = series * r + 0.693_147;
+    let power = series * r + 1.0;
+    f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
 /// The error function's complement `1 - erf(x)`, to 2e-6 of its value (W. H. Press et al., Numerical

@@ -5,8 +5,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::Kernels;
-use super::math::{erfc, exp};
-pub(super) use super::{Finish, RunningSoftmax};
+use super::attention::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
+use super::math::{ROUND, erfc, exp, exp2};
+pub(super) use super::{BlockScales, Bound, Finish, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax};
 
 pub(super) const KERNELS: Kernels = Kernels {
     name: "portable",
@@ -18,6 +19,9 @@ pub(super) const KERNELS: Kernels = Kernels {
     gather_columns,
     finish,
     softmax_block,
+    int16_codes,
+    softmax_codes,
+    shrink_and_add,
     layer_norm,
     add,
     relu,
@@ -31,6 +35,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: float_dots::<bf16>,
     f32_outer: outer_sum::<f32>,
     f16_outer: outer_sum::<f16>,
+    pair_sums,
 };
 
 /// The bits of a magnitude: they order as the magnitudes do, and NaN comes after infinity.
@@ -68,11 +73,8 @@ pub(super) fn flag_outliers(x: &[f32], threshold: f32, flags: &mut [u8]) {
 
 #[inline(always)]
 pub(super) fn quantize(x: &[f32], inverse: f32, codes: &mut [i8]) {
-    /// 1.5 * 2^23: what is added to it is rounded to a whole number, half to even, in the lowest bits
-    /// of the sum. Other ways to an integer mind what lies beyond its range, value by value.
-    const WHOLE: f32 = 12_582_912.0;
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse + WHOLE).to_bits() as i8;
+        *code = (x * inverse + ROUND).to_bits() as i8;
     }
 }
 
@@ -170,6 +172,103 @@ pub(super) fn softmax_block(
     shrink
 }
 
+#[inline(always)]
+pub(super) fn int16_codes(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32 {
+    // NaN stays NaN.
+    let within = |x: f32| {
+        let x = if x > LARGEST { LARGEST } else { x };
+        if x < -LARGEST { -LARGEST } else { x }
+    };
+    let (size, code) = match bound {
+        Bound::Norm => (squares(x, within).sqrt(), CODE_NORM),
+        Bound::Magnitude => (within(absmax(x, None)), LARGEST_VALUE_CODE),
+    };
+    let inverse = if size < f32::MIN_POSITIVE { 0.0 } else { code / size };
+    for (code, &x) in codes.iter_mut().zip(x) {
+        *code = (within(x) * inverse + ROUND).to_bits() as i16;
+    }
+    size / code
+}
+
+/// The sum of squares of `within(x)`.
+#[inline(always)]
+fn squares(x: &[f32], within: impl Fn(f32) -> f32) -> f32 {
+    let (groups, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0f32; LANES];
+    for group in groups {
+        lanes.iter_mut().zip(group).for_each(|(lane, &x)| *lane += within(x) * within(x));
+    }
+    let rest: f32 = rest.iter().map(|&x| within(x) * within(x)).sum();
+    fold_lanes(whole(lanes), |a, b| a + b) + rest
+}
+
+/// The same lanes. Where the compiler sees what they are made of, it makes them two by two instead of all at once.
+#[inline(always)]
+fn whole(lanes: [f32; LANES]) -> [f32; LANES] {
+    std::hint::black_box(lanes)
+}
+
+#[inline(always)]
+pub(super) fn softmax_codes(
+    sums: &[[i32; KEYS_PER_BLOCK]],
+    block: &BlockScales,
+    queries: &mut [Query],
+    weights: &mut [[f32; KEYS_PER_BLOCK]],
+    codes: &mut [[i16; KEYS_PER_BLOCK]],
+) {
+    // Step by step for all queries: the steps of one wait for each other, those of several do not.
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    for ((sums, query), weights) in sums.iter().zip(&mut *queries).zip(&mut *weights) {
+        for key in 0..KEYS_PER_BLOCK {
+            let bias = block.biases[key] + query.bias;
+            weights[key] = sums[key] as f32 * (query.scale * block.keys[key]) + bias;
+        }
+        if query.seen < KEYS_PER_BLOCK {
+            weights[query.seen..].fill(f32::NEG_INFINITY);
+        }
+        let max = larger(fold(weights, larger), query.softmax.max);
+        query.shrink = exp2(query.softmax.max - max);
+        query.softmax.max = max;
+    }
+    for (query, weights) in queries.iter_mut().zip(&mut *weights) {
+        let max = query.softmax.max;
+        weights.iter_mut().for_each(|weight| *weight = exp2(*weight - max));
+        if query.seen < KEYS_PER_BLOCK {
+            weights[query.seen..].fill(0.0);
+        }
+        query.softmax.sum = query.softmax.sum * query.shrink + fold(weights, |a, b| a + b);
+        weights.iter_mut().zip(block.values).for_each(|(weight, scale)| *weight *= scale);
+        if query.seen < KEYS_PER_BLOCK {
+            // The scale of a value that is not seen may be anything.
+            weights[query.seen..].fill(0.0);
+        }
+        query.code_scale = squares(weights, |weight| weight).sqrt() / CODE_NORM;
+    }
+    for ((query, weights), codes) in queries.iter().zip(&*weights).zip(codes) {
+        // Below it squares underflow: no weight is more than nothing.
+        let inverse = if query.code_scale < 1e-19 { 0.0 } else { 1.0 / query.code_scale };
+        for (code, weight) in codes.iter_mut().zip(weights) {
+            *code = (weight * inverse + ROUND).to_bits() as i16;
+        }
+    }
+}
+
+/// All of them in one, lanes first.
+#[inline(always)]
+fn fold(values: &[f32; KEYS_PER_BLOCK], with: impl Fn(f32, f32) -> f32) -> f32 {
+    let (groups, _) = values.as_chunks::<LANES>();
+    let mut lanes = groups[0];
+    for group in &groups[1..] {
+        lanes.iter_mut().zip(group).for_each(|(lane, &value)| *lane = with(*lane, value));
+    }
+    fold_lanes(whole(lanes), with)
+}
+
+#[inline(always)]
+pub(super) fn shrink_and_add(context: &mut [f32], shrink: f32, sums: &[i32], scale: f32) {
+    context.iter_mut().zip(sums).for_each(|(value, &sum)| *value = *value * shrink + sum as f32 * scale);
+}
+
 /// All lanes in one, by halves: as few steps as can be, each of which waits for the one before.
 #[inline(always)]
 fn fold_lanes(lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
@@ -259,6 +358,20 @@ fn float_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &
                 }
             }
             *sum = lanes.iter().sum();
+        }
+    }
+}
+
+fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+    let rows = sums.len() / width;
+    for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {
+        let sums = &mut sums[..lanes];
+        sums.fill(0);
+        for (&[first, second], b) in a[..depth].iter().zip(b.chunks(width)) {
+            for (sum, &[b_first, b_second]) in sums.iter_mut().zip(b) {
+                let product = i32::from(first) * i32::from(b_first);
+                *sum = sum.wrapping_add(product.wrapping_add(i32::from(second) * i32::from(b_second)));
+            }
         }
     }
 }

@@ -132,7 +132,7 @@ fn measure_precision(
     let bench = Bench {
         model: loaded.model.as_ref(),
         repetitions: args.repetitions.into(),
-        cache_dtype: args.cache.dtype.into(),
+        cache_dtype: model::cache_dtype(args.cache, device)?,
     };
     let mut all = Vec::new();
     for test in tests {

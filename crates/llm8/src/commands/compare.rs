@@ -82,7 +82,7 @@ impl Session<'_> {
     fn run(&self, precision: Precision) -> anyhow::Result<(Run, Loaded)> {
         device::reset_peaks(self.device)?;
         let loaded = model::load_with_progress(self.folder, precision.clone(), self.device, &self.args.output)?;
-        let options = model::generate_options(&self.args.sampling, self.args.cache, &loaded);
+        let options = model::generate_options(&self.args.sampling, self.args.cache, &loaded)?;
         let mut generation = generate(loaded.model.as_ref(), self.prompt_ids, &options)?;
         generation.by_ref().try_for_each(|id| id.map(drop))?;
         check_interrupt()?;

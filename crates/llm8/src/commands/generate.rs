@@ -29,7 +29,7 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     interrupt::listen(args.output.quiet);
 
     let mut generation =
-        generate(loaded.model.as_ref(), &prompt_ids, &model::generate_options(&args.sampling, args.cache, &loaded))?;
+        generate(loaded.model.as_ref(), &prompt_ids, &model::generate_options(&args.sampling, args.cache, &loaded)?)?;
     let mut stdout = std::io::stdout().lock();
     let mut written = String::new();
     let mut stream = text.as_ref().map(TextCodec::stream);

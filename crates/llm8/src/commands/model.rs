@@ -11,8 +11,8 @@ use int8_ops::cpu::Kernels;
 use int8_ops::device::label;
 
 use crate::args::{
-    CacheArgs, CacheDtypeName, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName,
-    ProcessorArgs, SamplingArgs,
+    CacheArgs, HubArgs, Int8Args, MachineArgs, ModelArgs, OutputArgs, PrecisionArgs, PrecisionName, ProcessorArgs,
+    SamplingArgs,
 };
 use crate::demo;
 use crate::failure::Failure;
@@ -169,7 +169,8 @@ pub fn check_memory(
     let with_cache = |precision: &Precision, dtype: CacheDtype| {
         footprint.weights(precision).total().saturating_add(footprint.kv_cache(tokens, dtype))
     };
-    let needs = |precision: &Precision| with_cache(precision, cache.dtype.into());
+    let dtype = cache_dtype(cache, device)?;
+    let needs = |precision: &Precision| with_cache(precision, dtype);
     let needed: u64 = precisions.iter().map(needs).sum();
     let Some(free) = device::free_memory(device).filter(|free| needed > *free && !args.force) else {
         return Ok(());
@@ -186,8 +187,8 @@ pub fn check_memory(
     let hint = match smaller {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, precision)) => {
-            let cache = if cache.dtype == CacheDtypeName::F32 { " --cache-dtype f32" } else { "" };
-            format!("generate {flags}{cache} needs {}, which would fit", output::precise_bytes(needs(precision)))
+            let flag = if cache.dtype.is_some() { format!(" --cache-dtype {}", dtype.name()) } else { String::new() };
+            format!("generate {flags}{flag} needs {}, which would fit", output::precise_bytes(needs(precision)))
         }
         None => {
             let least = output::precise_bytes(least);
@@ -204,18 +205,30 @@ pub fn check_memory(
 }
 
 /// How to generate with a loaded model, as the arguments say.
-pub fn generate_options(args: &SamplingArgs, cache: CacheArgs, loaded: &Loaded) -> GenerateOptions {
-    GenerateOptions {
+pub fn generate_options(args: &SamplingArgs, cache: CacheArgs, loaded: &Loaded) -> anyhow::Result<GenerateOptions> {
+    Ok(GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
         top_k: (args.top_k > 0).then_some(args.top_k),
         top_p: args.top_p,
         repetition_penalty: args.repetition_penalty,
         seed: args.seed,
-        cache_dtype: cache.dtype.into(),
+        cache_dtype: Some(cache_dtype(cache, loaded.model.device())?),
         eos: if args.ignore_eos { Vec::new() } else { loaded.eos.clone() },
         is_interrupted: interrupt::is_requested,
+    })
+}
+
+/// What keys and values are cached in on a device, as the arguments say; an error where it can't be.
+pub fn cache_dtype(cache: CacheArgs, device: &Device) -> anyhow::Result<CacheDtype> {
+    let best = CacheDtype::of(device);
+    let dtype = cache.dtype.map_or(best, CacheDtype::from);
+    if dtype == CacheDtype::Int16 && !device.is_cpu() {
+        let message = format!("keys and values can't be cached in int16 on {}", label(device));
+        let hint = format!("leave --cache-dtype out for {}, which is its best there", best.name());
+        return Err(Failure::new(message).with_hint(hint).into());
     }
+    Ok(dtype)
 }
 
 /// A progress bar on a terminal, and what moves it.

@@ -1,0 +1,193 @@
+//! Keys and values cached as 16-bit integers with a scale for each head's key and value: products in
+//! integers, twice as many an instruction as in f32, and the same bit for bit on every instruction set.
+//!
+//! A sum of products must fit 32 bits, so codes are bounded by what a sum of them can be. Queries and
+//! keys have a norm of 32,767, so that their product is at most 2^30. In a block of 64 keys the weights
+//! have a norm of 32,767 and a value's codes are at most 8,191: a sum is at most 32,767 * 8,191 * 8, just
+//! below 2^31. In a head of 64 like features that is a rounding error of 1/8 (keys) and 1/2 (values) of
+//! that of f16.
+
+use std::f32::consts::LOG2_E;
+
+use super::{Cache, Head, KEYS_PER_BLOCK, LANES, RunningSoftmax, padded};
+use crate::cpu::Kernels;
+
+/// Codes of two features of a key or query, or of one feature of two values that follow one another: what
+/// an instruction multiplies and sums.
+pub type Pair = [i16; 2];
+
+/// What codes are bounded by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// A norm of 32,767: keys and queries.
+    Norm,
+    /// A magnitude of 8,191: values.
+    Magnitude,
+}
+
+/// The norm of a key's, a query's or a block of weights' codes.
+pub(crate) const CODE_NORM: f32 = 32_767.0;
+/// The largest code of a value.
+pub(crate) const LARGEST_VALUE_CODE: f32 = 8_191.0;
+/// Keys and values beyond it are cached as it, far from where squares overflow.
+pub(crate) const LARGEST: f32 = 16_777_216.0;
+
+/// A layer's keys and values. Those of 64 tokens are a record: the 64 scales, as the bits of f32, and then
+/// pairs of codes.
+#[derive(Clone, Copy)]
+pub(crate) struct Int16Cache<'a> {
+    /// (batch, heads, blocks) records of pairs of features (head_dim / 2, 64 keys).
+    pub(crate) keys: &'a [u32],
+    /// (batch, heads, blocks) records of pairs of values (32, padded head_dim).
+    pub(crate) values: &'a [u32],
+    pub(crate) blocks: usize,
+}
+
+/// The length of a record of keys.
+pub(crate) fn key_record(head_dim: usize) -> usize {
+    KEYS_PER_BLOCK * (1 + head_dim.div_ceil(2))
+}
+
+/// The length of a record of values.
+pub(crate) fn value_record(head_dim: usize) -> usize {
+    KEYS_PER_BLOCK + KEYS_PER_BLOCK / 2 * padded(head_dim)
+}
+
+/// A record's scales and pairs.
+fn parts(record: &[u32]) -> (&[f32; KEYS_PER_BLOCK], &[Pair]) {
+    let (scales, pairs) = record.split_at(KEYS_PER_BLOCK);
+    let scales = bytemuck::cast_slice(scales).first_chunk().expect("64 scales");
+    (scales, bytemuck::cast_slice(pairs))
+}
+
+/// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
+/// for as many, in pairs.
+pub(crate) fn write_key(kernels: &Kernels, key: &[f32], index: usize, record: &mut [u32], codes: &mut [Pair]) {
+    let (scales, pairs) = record.split_at_mut(KEYS_PER_BLOCK);
+    let flat: &mut [i16] = bytemuck::cast_slice_mut(codes);
+    scales[index] = (kernels.int16_codes)(key, Bound::Norm, &mut flat[..key.len()]).to_bits();
+    for (pair, place) in codes.iter().zip(pairs[index..].iter_mut().step_by(KEYS_PER_BLOCK)) {
+        *place = bytemuck::cast(*pair);
+    }
+}
+
+/// Writes a value (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
+/// for as many, in pairs.
+pub(crate) fn write_value(kernels: &Kernels, value: &[f32], index: usize, record: &mut [u32], codes: &mut [Pair]) {
+    let (scales, pairs) = record.split_at_mut(KEYS_PER_BLOCK);
+    let flat: &mut [i16] = &mut bytemuck::cast_slice_mut(codes)[..value.len()];
+    scales[index] = (kernels.int16_codes)(value, Bound::Magnitude, flat).to_bits();
+    let pairs: &mut [Pair] = bytemuck::cast_slice_mut(pairs);
+    let pairs = &mut pairs[index / 2 * padded(value.len())..][..value.len()];
+    for (pair, code) in pairs.iter_mut().zip(flat) {
+        pair[index % 2] = *code;
+    }
+}
+
+/// What a block's codes are multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockScales<'a> {
+    /// (64): the keys' scales.
+    pub keys: &'a [f32; KEYS_PER_BLOCK],
+    /// (64): the values' scales, times a power of two that keeps squares of weights from underflow.
+    pub values: &'a [f32; KEYS_PER_BLOCK],
+    /// (64): ALiBi's slope, times log2 e, by the number of keys that come before in the block.
+    pub biases: &'a [f32; KEYS_PER_BLOCK],
+}
+
+/// A query on its way through the blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Query {
+    /// What turns the query's codes back into floats, times log2 e: weights are powers of two.
+    pub scale: f32,
+    /// Of the blocks so far.
+    pub softmax: RunningSoftmax,
+    /// ALiBi's slope, times log2 e, by the distance from the query to the block's first key, negative.
+    pub bias: f32,
+    /// How many of the block's keys the query sees.
+    pub seen: usize,
+    /// What the sums of earlier blocks are to be multiplied by.
+    pub shrink: f32,
+    /// What turns the codes of the block's weights back into floats.
+    pub code_scale: f32,
+}
+
+/// 2^40: values' scales times it are squared together with weights down to 1e-16.
+const LIFT: f32 = (1u64 << 40) as f32;
+
+/// Weights below this share of the largest, 2^-25, are lost in the rounding of a sum in f32; it is to hold
+/// for all keys together.
+const NEGLIGIBLE: f32 = -25.0;
+
+impl Query {
+    fn new(scale: f32) -> Self {
+        Self { scale, softmax: RunningSoftmax::EMPTY, bias: 0.0, seen: 0, shrink: 1.0, code_scale: 0.0 }
+    }
+
+    /// Whether none of a block's weights can make a difference among those of `keys` keys: by the Cauchy-Schwarz
+    /// inequality a score is at most the product of the norms, and ALiBi's part is that of the last key.
+    fn can_skip(&self, longest_key: f32, last_bias: f32, keys: usize) -> bool {
+        let largest = self.scale * CODE_NORM * (longest_key * CODE_NORM) + (self.bias + last_bias);
+        largest + (keys as f32).log2() - self.softmax.max < NEGLIGIBLE
+    }
+}
+
+impl Cache for Int16Cache<'_> {
+    /// The nearest block comes first: with ALiBi the others often need not be read.
+    fn attend(&self, kernels: &Kernels, head: &Head) -> Vec<f32> {
+        let (count, width, depth) = (head.count(), padded(head.head_dim), head.head_dim.div_ceil(2));
+        let slope = head.slope * LOG2_E;
+        let mut codes = vec![Pair::default(); count * depth];
+        let mut queries = Vec::with_capacity(count);
+        for (query, codes) in head.queries.chunks(head.head_dim).zip(codes.chunks_mut(depth)) {
+            let codes = &mut bytemuck::cast_slice_mut(codes)[..query.len()];
+            queries.push(Query::new((kernels.int16_codes)(query, Bound::Norm, codes) * LOG2_E));
+        }
+        let biases = &std::array::from_fn(|key| slope * key as f32);
+        let mut sums = vec![0i32; count * KEYS_PER_BLOCK.max(width)];
+        let mut weights = vec![[0f32; KEYS_PER_BLOCK]; count];
+        let mut weight_codes = vec![[0i16; KEYS_PER_BLOCK]; count];
+        let mut contexts = vec![0f32; count * width];
+        let last = head.position + count - 1;
+        for block in (0..=last / KEYS_PER_BLOCK).rev() {
+            let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
+            let record = key_record(head.head_dim);
+            let (key_scales, keys) = parts(&self.keys[index * record..][..record]);
+            // NaN stays, and is never skipped.
+            let longer = |longest: f32, scale: f32| if scale > longest || scale.is_nan() { scale } else { longest };
+            let longest_key = key_scales.iter().copied().fold(0.0, longer);
+            for (position, query) in (head.position..).zip(&mut queries) {
+                query.bias = slope * (first_key as f32 - position as f32);
+                query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
+                // All keys of a block that ends before the query are written, so it is the same who asks when.
+                let is_before = first_key + KEYS_PER_BLOCK <= position;
+                if is_before && query.can_skip(longest_key, slope * (KEYS_PER_BLOCK - 1) as f32, position + 1) {
+                    query.seen = 0;
+                }
+            }
+            let Some(first) = queries.iter().position(|query| query.seen > 0) else { continue };
+            let end = queries.iter().rposition(|query| query.seen > 0).map_or(count, |last| last + 1);
+            let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
+            let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
+            let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
+            (kernels.pair_sums)(codes, depth, keys, scores, KEYS_PER_BLOCK, most_seen.next_multiple_of(LANES));
+            let record = value_record(head.head_dim);
+            let (value_scales, values) = parts(&self.values[index * record..][..record]);
+            let scales = BlockScales { keys: key_scales, values: &value_scales.map(|scale| scale * LIFT), biases };
+            let weight_codes = &mut weight_codes[..queries.len()];
+            (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, &mut weights, weight_codes);
+            let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
+            let sums = &mut sums[..queries.len() * width];
+            (kernels.pair_sums)(weight_codes, most_seen.div_ceil(2), values, sums, width, width);
+            for ((context, sums), query) in
+                contexts[first * width..].chunks_mut(width).zip(sums.chunks(width)).zip(queries)
+            {
+                (kernels.shrink_and_add)(context, query.shrink, sums, query.code_scale / LIFT);
+            }
+        }
+        for (context, query) in contexts.chunks_mut(width).zip(queries) {
+            context.iter_mut().for_each(|value| *value /= query.softmax.sum);
+        }
+        contexts
+    }
+}

@@ -1,0 +1,70 @@
+//! Sums of products of pairs of 16-bit codes, 32 products an instruction: rows by vectors of lanes in registers.
+
+use std::arch::x86_64::*;
+
+use crate::cpu::Pair;
+
+/// [`PairSums`](crate::cpu::PairSums).
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+    let rows = sums.len() / width;
+    let stride = a.len() / rows;
+    for row in (0..rows).step_by(6) {
+        let a = &a[row * stride..];
+        let mut lane = 0;
+        while lane < lanes {
+            let (b, sums) = (&b[lane..], &mut sums[row * width + lane..]);
+            macro_rules! tile {
+                ($rows:literal) => {
+                    if lanes - lane >= 64 {
+                        tile::<$rows, 4>(a, stride, depth, b, sums, width)
+                    } else {
+                        tile::<$rows, 1>(a, stride, depth, b, sums, width)
+                    }
+                };
+            }
+            lane += match rows - row {
+                1 => tile!(1),
+                2 => tile!(2),
+                3 => tile!(3),
+                4 => tile!(4),
+                5 => tile!(5),
+                _ => tile!(6),
+            };
+        }
+    }
+}
+
+/// R rows by V vectors of 16 lanes; gives the number of lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tile<const R: usize, const V: usize>(
+    a: &[Pair],
+    stride: usize,
+    depth: usize,
+    b: &[Pair],
+    sums: &mut [i32],
+    width: usize,
+) -> usize {
+    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
+    assert!(b.len() >= (depth - 1) * width + V * 16);
+    let mut acc = [[_mm512_setzero_si512(); V]; R];
+    for k in 0..depth {
+        // SAFETY: V vectors of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
+        let vectors: [__m512i; V] =
+            std::array::from_fn(|v| unsafe { _mm512_loadu_si512(b.as_ptr().add(k * width + v * 16).cast()) });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let a = _mm512_set1_epi32(unsafe { a.as_ptr().add(r * stride + k).cast::<i32>().read_unaligned() });
+            for (acc, vector) in acc.iter_mut().zip(vectors) {
+                *acc = _mm512_dpwssd_epi32(*acc, a, vector);
+            }
+        }
+    }
+    for (r, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.into_iter().enumerate() {
+            // SAFETY: the sums lie in the slice (asserted above).
+            unsafe { _mm512_storeu_si512(sums.as_mut_ptr().add(r * width + v * 16).cast(), acc) };
+        }
+    }
+    V * 16
+}
