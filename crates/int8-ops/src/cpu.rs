@@ -177,7 +177,7 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
 }
 
 /// Values that are worth the share of another thread.
-const VALUES_PER_PART: usize = 1 << 14;
+const VALUES_PER_PART: usize = 1 << 12;
 
 /// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
 /// the system if not here, and is best cleared where it is filled.

@@ -54,8 +54,8 @@ pub(super) fn absmax(x: &[f32], threshold: Option<f32>) -> f32 {
     for x in vectors {
         lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = keep(x).max(*lane));
     }
-    let bits = lanes.into_iter().chain(rest.iter().map(keep)).fold(0, u32::max);
-    f32::from_bits(bits)
+    let bits = rest.iter().map(keep).fold(0, u32::max);
+    f32::from_bits(lanes.into_iter().fold(bits, u32::max))
 }
 
 #[inline(always)]
