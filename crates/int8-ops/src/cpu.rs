@@ -62,8 +62,8 @@ pub struct Kernels {
     pub int8_dots: Int8Dots,
     /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
     pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
-    /// What follows the integer sums of a token, (rows) to outputs (rows); see [`Finish`].
-    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [f32]),
+    /// What follows the integer sums of a token, (rows) to outputs (rows), all of which it writes; see [`Finish`].
+    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [MaybeUninit<f32>]),
     /// A block of attention's scores (64), of which the first `seen`, at least one, count, becomes weights
     /// `exp(score + slope * key - max)`, keys counted from `first_key`; gives what the weights of earlier
     /// blocks are to be multiplied by.
