@@ -236,7 +236,7 @@ impl<'a> FloatSlice<'a> {
         let range = start..start + out.len();
         match self {
             Self::F32(values) => out.copy_from_slice(&values[range]),
-            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::F16(values) => (Kernels::active().widen)(&values[range], out),
             Self::BF16(values) => values[range].convert_to_f32_slice(out),
         }
     }
