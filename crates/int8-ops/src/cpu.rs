@@ -65,8 +65,8 @@ pub struct Kernels {
     pub int8_dots: Int8Dots,
     /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
     pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
-    /// What follows the integer sums of a token, (rows) to outputs (rows); see [`Finish`].
-    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [f32]),
+    /// What follows the integer sums of a token, (rows) to outputs (rows), all of which it writes; see [`Finish`].
+    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [MaybeUninit<f32>]),
     /// A block of attention's scores (64), of which the first `seen`, at least one, count, becomes weights
     /// `exp(score + slope * key - max)`, keys counted from `first_key`; gives what the weights of earlier
     /// blocks are to be multiplied by.
@@ -200,7 +200,7 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
 }
 
 /// Values that are worth the share of another thread.
-const VALUES_PER_PART: usize = 1 << 14;
+const VALUES_PER_PART: usize = 1 << 12;
 
 /// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
 /// the system if not here, and is best cleared where it is filled.
@@ -259,7 +259,7 @@ impl<'a> FloatSlice<'a> {
         let range = start..start + out.len();
         match self {
             Self::F32(values) => out.copy_from_slice(&values[range]),
-            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::F16(values) => (Kernels::active().widen)(&values[range], out),
             Self::BF16(values) => values[range].convert_to_f32_slice(out),
         }
     }

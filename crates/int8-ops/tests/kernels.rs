@@ -1,5 +1,7 @@
 //! Every instruction set this machine has, against plain loops over odd sizes and odd values.
 
+use std::mem::MaybeUninit;
+
 use half::{bf16, f16};
 use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax};
 use proptest::prelude::*;
@@ -161,8 +163,10 @@ proptest! {
             let mut widened = vec![f32::NAN; values.len()];
             (kernels.widen)(&halves, &mut widened);
             prop_assert!(widened.iter().zip(&halves).all(|(value, half)| *value == half.to_f32()), "{}", kernels.name);
-            let mut found = vec![f32::NAN; rows];
-            (kernels.finish)(&sums, &finish, &mut found);
+            let mut outputs = vec![MaybeUninit::new(f32::NAN); rows];
+            (kernels.finish)(&sums, &finish, &mut outputs);
+            // SAFETY: they are NaN where they were not written.
+            let mut found: Vec<f32> = outputs.iter().map(|output| unsafe { output.assume_init() }).collect();
             let (mut scores, mut softmax) = (values[..64].to_vec(), RunningSoftmax { max: 3.0, sum: 2.0 });
             found.push((kernels.softmax_block)(&mut scores, 1 + rows % 64, 0.1, cols, &mut softmax));
             found.extend(scores.iter().chain([&softmax.max, &softmax.sum]));

@@ -109,10 +109,7 @@ impl Activations {
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];
         let mut magnitudes = vec![0f32; rows];
-        let sequences: Vec<Vec<u32>> = (x.values.chunks((tokens * cols).max(1)))
-            .zip(magnitudes.chunks_mut(tokens.max(1)))
-            .map(|(values, magnitudes)| scan(kernels, values, cols, threshold, magnitudes))
-            .collect();
+        let sequences = scan(kernels, x, threshold, &mut magnitudes);
         let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
         let parts = codes.chunks_mut((rows_per_part * cols).max(1)).zip(scales.chunks_mut(rows_per_part));
         let parts = parts.zip(code_sums.chunks_mut(rows_per_part)).enumerate().collect();
@@ -146,24 +143,45 @@ impl Activations {
     }
 }
 
-/// The outlier columns of one sequence's values (tokens, cols), ascending; writes the largest magnitude below
-/// the threshold of each token.
-fn scan(kernels: &Kernels, values: &[f32], cols: usize, threshold: Option<f32>, magnitudes: &mut [f32]) -> Vec<u32> {
-    let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
-    let mut flags = vec![0u8; magnitudes.len().div_ceil(rows_per_part) * cols];
-    let parts = values.chunks((rows_per_part * cols).max(1)).zip(magnitudes.chunks_mut(rows_per_part));
-    let parts = parts.zip(flags.chunks_mut(cols.max(1))).collect();
-    team::for_each(parts, |((values, magnitudes), flags): ((&[f32], &mut [f32]), &mut [u8])| {
+/// The outlier columns of each sequence, ascending; writes the largest magnitude below the threshold of each token.
+fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut [f32]) -> Vec<Vec<u32>> {
+    let (tokens, cols) = (x.tokens.max(1), x.cols.max(1));
+    // A part is of one sequence.
+    let rows_per_part = VALUES_PER_PART.div_ceil(cols).min(tokens);
+    let parts_per_sequence = tokens.div_ceil(rows_per_part);
+    let mut columns = vec![Vec::new(); x.values.len().div_ceil(tokens * cols) * parts_per_sequence];
+    let sequences = x.values.chunks(tokens * cols).zip(magnitudes.chunks_mut(tokens));
+    let parts = sequences
+        .flat_map(|(values, magnitudes)| values.chunks(rows_per_part * cols).zip(magnitudes.chunks_mut(rows_per_part)));
+    team::for_each(parts.zip(&mut columns).collect(), |((values, magnitudes), columns)| {
         for (row, magnitude) in values.chunks(cols).zip(magnitudes) {
             *magnitude = (kernels.absmax)(row, threshold);
-            if let Some(threshold) = threshold {
-                (kernels.flag_outliers)(row, threshold, flags);
-            }
+        }
+        if let Some(threshold) = threshold {
+            let mut flags = vec![0u8; cols];
+            values.chunks(cols).for_each(|row| (kernels.flag_outliers)(row, threshold, &mut flags));
+            *columns = flagged(&flags);
         }
     });
-    let (all, parts) = flags.split_at_mut(cols);
-    for part in parts.chunks(cols.max(1)) {
-        all.iter_mut().zip(part).for_each(|(flag, other)| *flag |= other);
+    let merge = |parts: &[Vec<u32>]| {
+        let mut columns = parts.concat();
+        columns.sort_unstable();
+        columns.dedup();
+        columns
+    };
+    columns.chunks(parts_per_sequence).map(merge).collect()
+}
+
+/// The numbers of the flags that are set, ascending.
+fn flagged(flags: &[u8]) -> Vec<u32> {
+    /// Flags that are looked at together: most are not set.
+    const GROUP: usize = 64;
+    let mut numbers = Vec::new();
+    for (group, flags) in flags.chunks(GROUP).enumerate() {
+        if flags.iter().fold(0, |any, flag| any | flag) != 0 {
+            let first = (group * GROUP) as u32;
+            numbers.extend((first..).zip(flags).filter_map(|(number, flag)| (*flag != 0).then_some(number)));
+        }
     }
-    (0..).zip(all).filter_map(|(column, flag)| (*flag != 0).then_some(column)).collect()
+    numbers
 }

@@ -1,6 +1,8 @@
 //! The reference kernels: plain loops that run everywhere and that every instruction set is tested
 //! against. The element-wise ones are inlined into the other tables and vectorised for them there.
 
+use std::mem::MaybeUninit;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -59,8 +61,8 @@ pub(super) fn absmax(x: &[f32], threshold: Option<f32>) -> f32 {
     for x in vectors {
         lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = keep(x).max(*lane));
     }
-    let bits = lanes.into_iter().chain(rest.iter().map(keep)).fold(0, u32::max);
-    f32::from_bits(bits)
+    let bits = rest.iter().map(keep).fold(0, u32::max);
+    f32::from_bits(lanes.into_iter().fold(bits, u32::max))
 }
 
 #[inline(always)]
@@ -106,7 +108,7 @@ pub(super) fn gather_columns(weight: &[i8], cols: usize, columns: &[u32], gather
 }
 
 #[inline(always)]
-pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [f32]) {
+pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [MaybeUninit<f32>]) {
     let mut row = 0;
     while row < out.len() {
         // Sums that stay in registers from one outlier column to the next.
@@ -121,7 +123,7 @@ pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [f32]) {
 
 /// N rows from `row` on; gives N.
 #[inline(always)]
-fn finish_rows<const N: usize>(row: usize, sums: &[i32], with: &Finish, out: &mut [f32]) -> usize {
+fn finish_rows<const N: usize>(row: usize, sums: &[i32], with: &Finish, out: &mut [MaybeUninit<f32>]) -> usize {
     let rows = out.len();
     let mut values = [0f32; N];
     for (value, weights) in with.outliers.iter().zip(with.outlier_weights.chunks_exact(rows)) {
@@ -134,7 +136,7 @@ fn finish_rows<const N: usize>(row: usize, sums: &[i32], with: &Finish, out: &mu
     if let Some(bias) = with.bias {
         values.iter_mut().zip(&bias[row..row + N]).for_each(|(value, bias)| *value += bias);
     }
-    out[row..row + N].copy_from_slice(&values);
+    out[row..row + N].write_copy_of_slice(&values);
     N
 }
 

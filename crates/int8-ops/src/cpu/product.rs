@@ -143,8 +143,7 @@ pub(crate) fn float_product<T: Sync>(
                 let sums = &mut sums[..tokens * len];
                 dots(&x.values[first_token * cols..][..tokens * cols], weight, cols, sums);
                 for (token, sums) in (first_token..).zip(sums.chunks(len)) {
-                    let output = part.outputs(token, first, len);
-                    output.copy_from_slice(sums);
+                    let output = part.outputs(token, first, len).write_copy_of_slice(sums);
                     if let Some(bias) = bias {
                         output.iter_mut().zip(&bias[block.clone()]).for_each(|(output, bias)| *output += bias);
                     }
@@ -168,7 +167,7 @@ impl OutputColumns<'_> {
         }
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
         let (tokens, width) = (self.matrix.len() / self.width, self.width);
-        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr().cast());
+        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr());
         team::for_each_range(self.columns.len(), rows_per_part, |rows| {
             // SAFETY: the rows are within the columns, so that they are in the matrix.
             let first = unsafe { first.get().add(rows.start) };
@@ -178,13 +177,13 @@ impl OutputColumns<'_> {
 }
 
 /// A pointer that threads may share: each writes other places through it.
-struct Shared(*mut f32);
+struct Shared(*mut MaybeUninit<f32>);
 
 // SAFETY: parts do not overlap.
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    fn get(&self) -> *mut f32 {
+    fn get(&self) -> *mut MaybeUninit<f32> {
         self.0
     }
 }
@@ -192,7 +191,7 @@ impl Shared {
 /// What some of a weight's rows fill of an output (tokens, width): theirs alone.
 struct Part<'a> {
     /// Of the first token.
-    first: *mut f32,
+    first: *mut MaybeUninit<f32>,
     rows: usize,
     tokens: usize,
     width: usize,
@@ -200,16 +199,12 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// A token's outputs of `len` rows, of which `first` is the first; they are cleared, so that floats can be lent.
-    fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [f32] {
+    /// A token's outputs of `len` rows, of which `first` is the first.
+    fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [MaybeUninit<f32>] {
         assert!(token < self.tokens && first + len <= self.rows);
         // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is
         // borrowed as long as the outputs are.
-        unsafe {
-            let outputs = self.first.add(token * self.width + first);
-            outputs.write_bytes(0, len);
-            std::slice::from_raw_parts_mut(outputs, len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(token * self.width + first), len) }
     }
 
     /// Asks for a token's outputs to be brought to the cache, where the machine can be asked.

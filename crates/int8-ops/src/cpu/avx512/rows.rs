@@ -9,6 +9,12 @@ use super::super::tiles::prefetch_after;
 /// Weight rows whose sums are gathered across a register together.
 const ROWS: usize = 4;
 
+/// The most tokens that are worked on together.
+const TOKENS: usize = 8;
+
+/// Sums of every token with some weight rows, in lanes that are yet to be added.
+type RowSums = [[__m512i; ROWS]; TOKENS];
+
 /// A vector of codes.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -37,15 +43,17 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
         let mut lines = LINES.take();
         pack(codes, tokens, cols, &mut lines);
         let vectors = cols.div_ceil(64);
+        // Not cleared again for every tile: that would take as long as some of the products.
+        let mut row_sums = [[_mm512_setzero_si512(); ROWS]; TOKENS];
         for (block, weight) in blocks {
             let mut token = 0;
             while token < tokens {
                 let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * ROWS..]);
                 token += match group(tokens - token) {
-                    1 => tile::<1, 4>(lines, weight, cols, sums, rows),
-                    2 => tile::<2, 4>(lines, weight, cols, sums, rows),
-                    4 => tile::<4, 4>(lines, weight, cols, sums, rows),
-                    _ => tile::<8, 2>(lines, weight, cols, sums, rows),
+                    1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                    2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                    4 => tile::<4, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                    _ => tile::<TOKENS, 2>(lines, weight, cols, sums, rows, &mut row_sums),
                 };
             }
         }
@@ -62,7 +70,7 @@ fn group(left: usize) -> usize {
         1 => 1,
         2 | 3 => 2,
         4..8 => 4,
-        _ => 8,
+        _ => TOKENS,
     }
 }
 
@@ -128,7 +136,7 @@ fn row(codes: &[i8], weight: &[i8]) -> __m512i {
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows, of which R at a
-/// time share the codes that are loaded; gives T.
+/// time share the codes that are loaded; gives T. What is in `row_sums` before does not count.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn tile<const T: usize, const R: usize>(
     lines: &[Line],
@@ -136,30 +144,30 @@ fn tile<const T: usize, const R: usize>(
     cols: usize,
     sums: &mut [i32],
     stride: usize,
+    row_sums: &mut RowSums,
 ) -> usize {
     /// Vectors of every token's codes that stay in the nearest cache while the rows of the weight come by.
     const VECTORS: usize = 32;
     let rows = weight.len() / cols;
     assert!(rows <= ROWS && sums.len() >= (T - 1) * stride + rows);
-    let mut row_sums = [[_mm512_setzero_si512(); ROWS]; T];
     for (block, lines) in lines[..cols.div_ceil(64) * T].chunks(VECTORS * T).enumerate() {
         let mut row = 0;
         while row < rows {
             let weight = &weight[row * cols + block * VECTORS * 64..];
             row += match rows - row >= R {
-                true => add_rows::<T, R>(lines, weight, cols, row, &mut row_sums),
-                false => add_rows::<T, 1>(lines, weight, cols, row, &mut row_sums),
+                true => add_rows::<T, R>(lines, weight, cols, row, block == 0, row_sums),
+                false => add_rows::<T, 1>(lines, weight, cols, row, block == 0, row_sums),
             };
         }
     }
-    for (t, row_sums) in row_sums.into_iter().enumerate() {
-        store(add_lanes(row_sums), &mut sums[t * stride..][..rows]);
+    for (t, row_sums) in row_sums[..T].iter().enumerate() {
+        store(add_lanes(*row_sums), &mut sums[t * stride..][..rows]);
     }
     T
 }
 
-/// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums[t][row + r]`, for T tokens
-/// and R weight rows, `cols` apart; gives R.
+/// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums[t][row + r]`, or writes it there
+/// if these are the first vectors, for T tokens and R weight rows, `cols` apart; gives R.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn add_rows<const T: usize, const R: usize>(
@@ -167,9 +175,13 @@ fn add_rows<const T: usize, const R: usize>(
     weight: &[i8],
     cols: usize,
     row: usize,
-    row_sums: &mut [[__m512i; ROWS]; T],
+    is_first: bool,
+    row_sums: &mut RowSums,
 ) -> usize {
-    let mut acc: [[__m512i; R]; T] = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t][row + r]));
+    let mut acc = [[_mm512_setzero_si512(); R]; T];
+    if !is_first {
+        acc = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t][row + r]));
+    }
     let flip = _mm512_set1_epi8(i8::MIN);
     // What there is of the weight from the same place in the last of the rows on, rows after it too: a vector may
     // reach past the end of its row, where codes are zero.
