@@ -132,8 +132,10 @@ pub type LayerNormRow = fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, ou
 pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2], sums: &mut [f32], width: usize);
 
 /// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
-/// `lanes` l, a multiple of 16, for a (rows, ..), b (.., width), and sums (rows, width).
-pub type PairSums = fn(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize);
+/// `lanes` l, a multiple of 16, for a (rows, ..), b (.., width), and sums (rows, width). With one row, what lies
+/// `ahead` pairs from every line of b is brought to the cache meanwhile: it is what comes next; 0 for nothing.
+pub type PairSums =
+    fn(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, ahead: isize);
 
 /// Every table this build has, the fastest first; `portable` is always last.
 static ALL: &[&Kernels] = &[

@@ -94,7 +94,7 @@ proptest! {
         let (a, b) = (pairs(0, rows * (depth + spare)), pairs(17, depth * width));
         for kernels in Kernels::available() {
             let mut sums = vec![7i32; rows * width];
-            (kernels.pair_sums)(&a, depth, &b, &mut sums, width, lanes);
+            (kernels.pair_sums)(&a, depth, &b, &mut sums, width, lanes, -64);
             for (index, &sum) in sums.iter().enumerate().filter(|(index, _)| index % width < lanes) {
                 let (row, lane) = (index / width, index % width);
                 let wanted = (0..depth).flat_map(|k| {

@@ -11,19 +11,30 @@ mod machine;
 mod output;
 mod page;
 
+use std::ffi::c_long;
 use std::process::ExitCode;
 
 use clap::Parser;
+use libmimalloc_sys::{_mi_option_last, mi_option_set, mi_option_t};
+use mimalloc::MiMalloc;
 
 use args::{Args, Command};
-use mimalloc::MiMalloc;
 
 /// Keeps what a layer has given back for the next one's output, which is as large. The system's allocator
 /// gives blocks of megabytes back to the system, which has to clear them before they are used again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// How long, in milliseconds: longer than a block takes for the longest prompts, whose outputs would else be cleared
+/// by the system again and again.
+const PURGE_DELAY: c_long = 10_000;
+
 fn main() -> ExitCode {
+    /// Its number in mimalloc.h; the crate does not name it.
+    const MI_OPTION_PURGE_DELAY: mi_option_t = 15;
+    const { assert!(_mi_option_last == 47, "another version of mimalloc: look the number up again") };
+    // SAFETY: an option may be set at any time.
+    unsafe { mi_option_set(MI_OPTION_PURGE_DELAY, PURGE_DELAY) };
     let args = Args::parse();
     match run(args) {
         Ok(code) => code,

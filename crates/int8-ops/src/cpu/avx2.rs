@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::elementwise::elementwise_kernels;
-use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch_after};
+use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch, prefetch_after};
 use super::{Kernels, Pair, portable};
 
 elementwise_kernels!("avx2,fma,f16c");
@@ -26,7 +26,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
-    pair_sums: |a, depth, b, sums, width, lanes| unsafe { pair_sums(a, depth, b, sums, width, lanes) },
+    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe { pair_sums(a, depth, b, sums, width, lanes, ahead) },
     ..elementwise::KERNELS
 };
 
@@ -252,7 +252,7 @@ fn outer_tile<const R: usize, W: Widen>(
 }
 
 #[target_feature(enable = "avx2")]
-fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, ahead: isize) {
     let rows = sums.len() / width;
     let stride = a.len() / rows;
     for lane in (0..lanes).step_by(16) {
@@ -261,9 +261,9 @@ fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usiz
         while row < rows {
             let (a, sums) = (&a[row * stride..], &mut sums[row * width + lane..]);
             row += match rows - row {
-                1 => pair_tile::<1>(a, stride, depth, b, sums, width),
-                2 | 3 => pair_tile::<2>(a, stride, depth, b, sums, width),
-                _ => pair_tile::<4>(a, stride, depth, b, sums, width),
+                1 => pair_tile::<1>(a, stride, depth, b, sums, width, ahead),
+                2 | 3 => pair_tile::<2>(a, stride, depth, b, sums, width, 0),
+                _ => pair_tile::<4>(a, stride, depth, b, sums, width, 0),
             };
         }
     }
@@ -278,11 +278,15 @@ fn pair_tile<const R: usize>(
     b: &[Pair],
     sums: &mut [i32],
     width: usize,
+    ahead: isize,
 ) -> usize {
     assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + 16);
     assert!(b.len() >= (depth - 1) * width + 16);
     let mut acc = [[_mm256_setzero_si256(); 2]; R];
     for k in 0..depth {
+        if R == 1 && ahead != 0 {
+            prefetch(b.as_ptr().wrapping_add(k * width).wrapping_offset(ahead));
+        }
         // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
         let vectors: [__m256i; 2] =
             std::array::from_fn(|v| unsafe { _mm256_loadu_si256(b.as_ptr().add(k * width + v * 8).cast()) });

@@ -34,7 +34,9 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
-    pair_sums: |a, depth, b, sums, width, lanes| unsafe { pairs::pair_sums(a, depth, b, sums, width, lanes) },
+    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
+        pairs::pair_sums(a, depth, b, sums, width, lanes, ahead)
+    },
     ..elementwise::KERNELS
 };
 

@@ -148,7 +148,6 @@ pub(super) fn softmax_block(
     first_key: usize,
     softmax: &mut RunningSoftmax,
 ) -> f32 {
-    let larger = |a: f32, b: f32| if a > b { a } else { b };
     // Few plain loops, each of which the compiler makes vectors of; with a condition in them it does not.
     for (key, score) in (first_key as u32..).zip(scores.iter_mut()) {
         *score += slope * key as f32;
@@ -218,9 +217,25 @@ pub(super) fn softmax_codes(
     weights: &mut [[f32; KEYS_PER_BLOCK]],
     codes: &mut [[i16; KEYS_PER_BLOCK]],
 ) {
-    // Step by step for all queries: the steps of one wait for each other, those of several do not.
-    let larger = |a: f32, b: f32| if a > b { a } else { b };
-    for ((sums, query), weights) in sums.iter().zip(&mut *queries).zip(&mut *weights) {
+    // The steps of one query wait for each other, those of several do not; and what there is one of for each
+    // query is worked on as a vector.
+    let groups = sums.chunks(LANES).zip(queries.chunks_mut(LANES));
+    for ((sums, queries), (weights, codes)) in groups.zip(weights.chunks_mut(LANES).zip(codes.chunks_mut(LANES))) {
+        softmax_codes_of_group(sums, block, queries, weights, codes);
+    }
+}
+
+/// The same for up to 16 queries.
+#[inline(always)]
+fn softmax_codes_of_group(
+    sums: &[[i32; KEYS_PER_BLOCK]],
+    block: &BlockScales,
+    queries: &mut [Query],
+    weights: &mut [[f32; KEYS_PER_BLOCK]],
+    codes: &mut [[i16; KEYS_PER_BLOCK]],
+) {
+    let [mut shrinks, mut maxima, mut norms] = [[0f32; LANES]; 3];
+    for (index, ((sums, query), weights)) in sums.iter().zip(&*queries).zip(&mut *weights).enumerate() {
         for key in 0..KEYS_PER_BLOCK {
             let bias = block.biases[key] + query.bias;
             weights[key] = sums[key] as f32 * (query.scale * block.keys[key]) + bias;
@@ -228,42 +243,51 @@ pub(super) fn softmax_codes(
         if query.seen < KEYS_PER_BLOCK {
             weights[query.seen..].fill(f32::NEG_INFINITY);
         }
-        let max = larger(fold(weights, larger), query.softmax.max);
-        query.shrink = exp2(query.softmax.max - max);
-        query.softmax.max = max;
+        maxima[index] = larger(max_of(weights), query.max);
+        shrinks[index] = query.max;
     }
-    for (query, weights) in queries.iter_mut().zip(&mut *weights) {
-        let max = query.softmax.max;
+    shrinks.iter_mut().zip(&maxima).for_each(|(shrink, max)| *shrink = exp2(*shrink - max));
+    for (index, (query, weights)) in queries.iter_mut().zip(&mut *weights).enumerate() {
+        let max = maxima[index];
         weights.iter_mut().for_each(|weight| *weight = exp2(*weight - max));
         if query.seen < KEYS_PER_BLOCK {
             weights[query.seen..].fill(0.0);
         }
-        query.softmax.sum = query.softmax.sum * query.shrink + fold(weights, |a, b| a + b);
+        query.sums.iter_mut().for_each(|sum| *sum *= shrinks[index]);
+        for weights in weights.as_chunks::<LANES>().0 {
+            query.sums.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight);
+        }
         weights.iter_mut().zip(block.values).for_each(|(weight, scale)| *weight *= scale);
         if query.seen < KEYS_PER_BLOCK {
             // The scale of a value that is not seen may be anything.
             weights[query.seen..].fill(0.0);
         }
-        query.code_scale = squares(weights, |weight| weight).sqrt() / CODE_NORM;
+        norms[index] = squares(weights, |weight| weight);
     }
-    for ((query, weights), codes) in queries.iter().zip(&*weights).zip(codes) {
-        // Below it squares underflow: no weight is more than nothing.
-        let inverse = if query.code_scale < 1e-19 { 0.0 } else { 1.0 / query.code_scale };
+    let norms = norms.map(f32::sqrt);
+    // Below it squares underflow: no weight is more than nothing.
+    let inverses = norms.map(|norm| if norm < 1e-15 { 0.0 } else { CODE_NORM / norm });
+    for (index, ((query, weights), codes)) in queries.iter_mut().zip(weights).zip(codes).enumerate() {
+        let inverse = inverses[index];
         for (code, weight) in codes.iter_mut().zip(weights) {
-            *code = (weight * inverse + ROUND).to_bits() as i16;
+            *code = (*weight * inverse + ROUND).to_bits() as i16;
         }
+        (query.max, query.shrink, query.code_scale) = (maxima[index], shrinks[index], norms[index] / CODE_NORM);
     }
 }
 
-/// All of them in one, lanes first.
 #[inline(always)]
-fn fold(values: &[f32; KEYS_PER_BLOCK], with: impl Fn(f32, f32) -> f32) -> f32 {
-    let (groups, _) = values.as_chunks::<LANES>();
-    let mut lanes = groups[0];
-    for group in &groups[1..] {
-        lanes.iter_mut().zip(group).for_each(|(lane, &value)| *lane = with(*lane, value));
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+#[inline(always)]
+fn max_of(values: &[f32; KEYS_PER_BLOCK]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for group in values.as_chunks::<LANES>().0 {
+        lanes.iter_mut().zip(group).for_each(|(lane, &value)| *lane = larger(value, *lane));
     }
-    fold_lanes(whole(lanes), with)
+    fold_lanes(whole(lanes), larger)
 }
 
 #[inline(always)]
@@ -364,7 +388,7 @@ fn float_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &
     }
 }
 
-fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, _ahead: isize) {
     let rows = sums.len() / width;
     for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {
         let sums = &mut sums[..lanes];

@@ -48,9 +48,20 @@ const AHEAD: usize = 8192;
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn prefetch_after<T>(weight: *const T) {
-    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    // SAFETY: a hint reads and writes nothing, wherever it points.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(weight.cast::<i8>().wrapping_add(AHEAD)) };
+    prefetch(weight.cast::<i8>().wrapping_add(AHEAD));
+}
+
+/// Asks for the cache line at `place` to be brought to the second cache, where the machine can be asked.
+#[inline(always)]
+pub(super) fn prefetch<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint reads and writes nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
 }
 
 /// `Σ codes * weight` over the columns after a row's last whole vector.

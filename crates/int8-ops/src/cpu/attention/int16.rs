@@ -9,8 +9,9 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::{Cache, Head, KEYS_PER_BLOCK, LANES, RunningSoftmax, padded};
+use super::{Cache, Head, KEYS_PER_BLOCK, LANES, padded};
 use crate::cpu::Kernels;
+use crate::cpu::tiles::prefetch;
 
 /// Codes of two features of a key or query, or of one feature of two values that follow one another: what
 /// an instruction multiplies and sums.
@@ -60,6 +61,11 @@ fn parts(record: &[u32]) -> (&[f32; KEYS_PER_BLOCK], &[Pair]) {
     (scales, bytemuck::cast_slice(pairs))
 }
 
+/// Asks for a record's scales to be brought to the cache.
+fn prefetch_scales(record: &[u32]) {
+    record[..KEYS_PER_BLOCK].chunks(LANES).for_each(|line| prefetch(line.as_ptr()));
+}
+
 /// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
 /// for as many, in pairs.
 pub(crate) fn write_key(kernels: &Kernels, key: &[f32], index: usize, record: &mut [u32], codes: &mut [Pair]) {
@@ -100,8 +106,12 @@ pub struct BlockScales<'a> {
 pub struct Query {
     /// What turns the query's codes back into floats, times log2 e: weights are powers of two.
     pub scale: f32,
-    /// Of the blocks so far.
-    pub softmax: RunningSoftmax,
+    /// What the logarithm of a weight may be below that of the largest and still count.
+    pub negligible: f32,
+    /// The largest score so far.
+    pub max: f32,
+    /// The sum of the weights so far, yet to be added up.
+    pub sums: [f32; LANES],
     /// ALiBi's slope, times log2 e, by the distance from the query to the block's first key, negative.
     pub bias: f32,
     /// How many of the block's keys the query sees.
@@ -115,20 +125,30 @@ pub struct Query {
 /// 2^40: values' scales times it are squared together with weights down to 1e-16.
 const LIFT: f32 = (1u64 << 40) as f32;
 
-/// Weights below this share of the largest, 2^-25, are lost in the rounding of a sum in f32; it is to hold
-/// for all keys together.
+/// Weights that are together below 2^-25 of the largest are lost in the rounding of a sum in f32.
 const NEGLIGIBLE: f32 = -25.0;
 
 impl Query {
-    fn new(scale: f32) -> Self {
-        Self { scale, softmax: RunningSoftmax::EMPTY, bias: 0.0, seen: 0, shrink: 1.0, code_scale: 0.0 }
+    /// One that sees so many keys.
+    fn new(scale: f32, keys: usize) -> Self {
+        let negligible = NEGLIGIBLE - (keys as f32).log2();
+        Self {
+            scale,
+            negligible,
+            max: f32::NEG_INFINITY,
+            sums: [0.0; LANES],
+            bias: 0.0,
+            seen: 0,
+            shrink: 1.0,
+            code_scale: 0.0,
+        }
     }
 
-    /// Whether none of a block's weights can make a difference among those of `keys` keys: by the Cauchy-Schwarz
-    /// inequality a score is at most the product of the norms, and ALiBi's part is that of the last key.
-    fn can_skip(&self, longest_key: f32, last_bias: f32, keys: usize) -> bool {
+    /// Whether none of a block's weights can make a difference: by the Cauchy-Schwarz inequality a score is at most
+    /// the product of the norms, and ALiBi's part is that of the last key.
+    fn can_skip(&self, longest_key: f32, last_bias: f32) -> bool {
         let largest = self.scale * CODE_NORM * (longest_key * CODE_NORM) + (self.bias + last_bias);
-        largest + (keys as f32).log2() - self.softmax.max < NEGLIGIBLE
+        largest - self.max < self.negligible
     }
 }
 
@@ -139,9 +159,11 @@ impl Cache for Int16Cache<'_> {
         let slope = head.slope * LOG2_E;
         let mut codes = vec![Pair::default(); count * depth];
         let mut queries = Vec::with_capacity(count);
-        for (query, codes) in head.queries.chunks(head.head_dim).zip(codes.chunks_mut(depth)) {
+        let values = head.queries.chunks(head.head_dim).zip(codes.chunks_mut(depth));
+        for (position, (query, codes)) in (head.position..).zip(values) {
             let codes = &mut bytemuck::cast_slice_mut(codes)[..query.len()];
-            queries.push(Query::new((kernels.int16_codes)(query, Bound::Norm, codes) * LOG2_E));
+            let scale = (kernels.int16_codes)(query, Bound::Norm, codes) * LOG2_E;
+            queries.push(Query::new(scale, position + 1));
         }
         let biases = &std::array::from_fn(|key| slope * key as f32);
         let mut sums = vec![0i32; count * KEYS_PER_BLOCK.max(width)];
@@ -151,17 +173,18 @@ impl Cache for Int16Cache<'_> {
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
+            // The block before is the next.
+            let ahead = |record: usize| if block == 0 { 0 } else { -(record as isize) };
             let record = key_record(head.head_dim);
             let (key_scales, keys) = parts(&self.keys[index * record..][..record]);
-            // NaN stays, and is never skipped.
-            let longer = |longest: f32, scale: f32| if scale > longest || scale.is_nan() { scale } else { longest };
-            let longest_key = key_scales.iter().copied().fold(0.0, longer);
+            // NaN comes out as itself, and is never skipped.
+            let longest_key = (kernels.absmax)(key_scales, None);
             for (position, query) in (head.position..).zip(&mut queries) {
                 query.bias = slope * (first_key as f32 - position as f32);
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
                 // All keys of a block that ends before the query are written, so it is the same who asks when.
                 let is_before = first_key + KEYS_PER_BLOCK <= position;
-                if is_before && query.can_skip(longest_key, slope * (KEYS_PER_BLOCK - 1) as f32, position + 1) {
+                if is_before && query.can_skip(longest_key, slope * (KEYS_PER_BLOCK - 1) as f32) {
                     query.seen = 0;
                 }
             }
@@ -170,7 +193,12 @@ impl Cache for Int16Cache<'_> {
             let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
-            (kernels.pair_sums)(codes, depth, keys, scores, KEYS_PER_BLOCK, most_seen.next_multiple_of(LANES));
+            if block > 0 {
+                prefetch_scales(&self.keys[(index - 1) * key_record(head.head_dim)..]);
+                prefetch_scales(&self.values[(index - 1) * value_record(head.head_dim)..]);
+            }
+            let lanes = most_seen.next_multiple_of(LANES);
+            (kernels.pair_sums)(codes, depth, keys, scores, KEYS_PER_BLOCK, lanes, ahead(record));
             let record = value_record(head.head_dim);
             let (value_scales, values) = parts(&self.values[index * record..][..record]);
             let scales = BlockScales { keys: key_scales, values: &value_scales.map(|scale| scale * LIFT), biases };
@@ -178,7 +206,7 @@ impl Cache for Int16Cache<'_> {
             (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, &mut weights, weight_codes);
             let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
             let sums = &mut sums[..queries.len() * width];
-            (kernels.pair_sums)(weight_codes, most_seen.div_ceil(2), values, sums, width, width);
+            (kernels.pair_sums)(weight_codes, most_seen.div_ceil(2), values, sums, width, width, ahead(record));
             for ((context, sums), query) in
                 contexts[first * width..].chunks_mut(width).zip(sums.chunks(width)).zip(queries)
             {
@@ -186,7 +214,8 @@ impl Cache for Int16Cache<'_> {
             }
         }
         for (context, query) in contexts.chunks_mut(width).zip(queries) {
-            context.iter_mut().for_each(|value| *value /= query.softmax.sum);
+            let sum: f32 = query.sums.iter().sum();
+            context.iter_mut().for_each(|value| *value /= sum);
         }
         contexts
     }

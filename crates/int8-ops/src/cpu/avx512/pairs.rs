@@ -3,10 +3,19 @@
 use std::arch::x86_64::*;
 
 use crate::cpu::Pair;
+use crate::cpu::tiles::prefetch;
 
 /// [`PairSums`](crate::cpu::PairSums).
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize) {
+pub(super) fn pair_sums(
+    a: &[Pair],
+    depth: usize,
+    b: &[Pair],
+    sums: &mut [i32],
+    width: usize,
+    lanes: usize,
+    ahead: isize,
+) {
     let rows = sums.len() / width;
     let stride = a.len() / rows;
     for row in (0..rows).step_by(6) {
@@ -17,9 +26,9 @@ pub(super) fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], 
             macro_rules! tile {
                 ($rows:literal) => {
                     if lanes - lane >= 64 {
-                        tile::<$rows, 4>(a, stride, depth, b, sums, width)
+                        tile::<$rows, 4>(a, stride, depth, b, sums, width, ahead)
                     } else {
-                        tile::<$rows, 1>(a, stride, depth, b, sums, width)
+                        tile::<$rows, 1>(a, stride, depth, b, sums, width, ahead)
                     }
                 };
             }
@@ -44,11 +53,15 @@ fn tile<const R: usize, const V: usize>(
     b: &[Pair],
     sums: &mut [i32],
     width: usize,
+    ahead: isize,
 ) -> usize {
     assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
     assert!(b.len() >= (depth - 1) * width + V * 16);
     let mut acc = [[_mm512_setzero_si512(); V]; R];
     for k in 0..depth {
+        if R == 1 && ahead != 0 {
+            (0..V).for_each(|v| prefetch(b.as_ptr().wrapping_add(k * width + v * 16).wrapping_offset(ahead)));
+        }
         // SAFETY: V vectors of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
         let vectors: [__m512i; V] =
             std::array::from_fn(|v| unsafe { _mm512_loadu_si512(b.as_ptr().add(k * width + v * 16).cast()) });
