@@ -39,7 +39,7 @@ pub struct Finish<'a> {
 struct Blocks {
     /// Weight rows whose sums a kernel makes at a time.
     rows: usize,
-    /// Tokens whose sums a kernel makes at a time.
+    /// Tokens that are worked on before the weight comes by once more for the next.
     tokens: usize,
     /// Weight rows that a thread is given at a time.
     rows_per_part: usize,
@@ -74,26 +74,25 @@ pub(crate) fn int8_product(
 ) {
     let (cols, columns) = (x.cols, x.outliers.len());
     let blocks = Blocks::of(x.scales.len(), cols);
-    output.fill_in_parts(blocks.rows_per_part, |rows, part| {
-        let Scratch { mut sums, mut outlier_weights } = SCRATCH.take();
-        sums.resize(part.tokens.min(blocks.tokens) * blocks.rows, 0);
-        outlier_weights.resize(columns * blocks.rows, 0.0);
-        for (first, len) in pieces(rows.len(), blocks.rows) {
-            let block = rows.start + first..rows.start + first + len;
-            let weight = &weight[block.start * cols..block.end * cols];
-            for (first_token, tokens) in pieces(part.tokens, blocks.tokens) {
-                let sums = &mut sums[..tokens * len];
-                let code_sums = &x.code_sums[first_token..][..tokens];
-                (kernels.int8_dots)(&x.codes[first_token * cols..][..tokens * cols], code_sums, weight, cols, sums);
+    for (first_token, mut output) in output.in_blocks(blocks.tokens) {
+        output.fill_in_parts(blocks.rows_per_part, |rows, part| {
+            let codes = &x.codes[first_token * cols..][..part.tokens * cols];
+            let code_sums = &x.code_sums[first_token..][..part.tokens];
+            let Scratch { mut sums, mut outlier_weights } = SCRATCH.take();
+            sums.resize(part.tokens * blocks.rows, 0);
+            outlier_weights.resize(columns * blocks.rows, 0.0);
+            for (first, len) in pieces(rows.len(), blocks.rows) {
+                let block = rows.start + first..rows.start + first + len;
+                let weight = &weight[block.start * cols..block.end * cols];
+                let sums = &mut sums[..part.tokens * len];
+                (kernels.int8_dots)(codes, code_sums, weight, cols, sums);
                 // The weight is in the cache by now.
-                if first_token == 0 {
-                    (kernels.gather_columns)(weight, cols, &x.outliers, &mut outlier_weights[..columns * len]);
-                }
-                for (token, sums) in (first_token..).zip(sums.chunks(len)) {
+                (kernels.gather_columns)(weight, cols, &x.outliers, &mut outlier_weights[..columns * len]);
+                for (token, sums) in sums.chunks(len).enumerate() {
                     part.prefetch(token + TOKENS_AHEAD, first, len);
                     let finish = Finish {
-                        x_scale: x.scales[token],
-                        outliers: &x.outlier_values[token * columns..][..columns],
+                        x_scale: x.scales[first_token + token],
+                        outliers: &x.outlier_values[(first_token + token) * columns..][..columns],
                         outlier_weights: &outlier_weights[..columns * len],
                         weight_scales: &weight_scales[block.clone()],
                         bias: bias.map(|bias| &bias[block.clone()]),
@@ -101,9 +100,9 @@ pub(crate) fn int8_product(
                     (kernels.finish)(sums, &finish, part.outputs(token, first, len));
                 }
             }
-        }
-        SCRATCH.set(Scratch { sums, outlier_weights });
-    })
+            SCRATCH.set(Scratch { sums, outlier_weights });
+        });
+    }
 }
 
 /// Room for what a block needs.
@@ -134,23 +133,24 @@ pub(crate) fn float_product<T: Sync>(
 ) {
     let cols = x.cols;
     let blocks = Blocks::of(x.values.len() / cols, cols * size_of::<T>());
-    output.fill_in_parts(blocks.rows_per_part, |rows, part| {
-        let mut sums = vec![0f32; part.tokens.min(blocks.tokens) * blocks.rows];
-        for (first, len) in pieces(rows.len(), blocks.rows) {
-            let block = rows.start + first..rows.start + first + len;
-            let weight = &weight[block.start * cols..block.end * cols];
-            for (first_token, tokens) in pieces(part.tokens, blocks.tokens) {
-                let sums = &mut sums[..tokens * len];
-                dots(&x.values[first_token * cols..][..tokens * cols], weight, cols, sums);
-                for (token, sums) in (first_token..).zip(sums.chunks(len)) {
+    for (first_token, mut output) in output.in_blocks(blocks.tokens) {
+        output.fill_in_parts(blocks.rows_per_part, |rows, part| {
+            let values = &x.values[first_token * cols..][..part.tokens * cols];
+            let mut sums = vec![0f32; part.tokens * blocks.rows];
+            for (first, len) in pieces(rows.len(), blocks.rows) {
+                let block = rows.start + first..rows.start + first + len;
+                let weight = &weight[block.start * cols..block.end * cols];
+                let sums = &mut sums[..part.tokens * len];
+                dots(values, weight, cols, sums);
+                for (token, sums) in sums.chunks(len).enumerate() {
                     let output = part.outputs(token, first, len).write_copy_of_slice(sums);
                     if let Some(bias) = bias {
                         output.iter_mut().zip(&bias[block.clone()]).for_each(|(output, bias)| *output += bias);
                     }
                 }
             }
-        }
-    })
+        });
+    }
 }
 
 /// `len` in pieces of at most `size`: (start, length) of each.
@@ -159,6 +159,16 @@ fn pieces(len: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 impl OutputColumns<'_> {
+    /// The same columns of at most so many tokens at a time, and the number of the first of them. The activations of
+    /// a block stay in a core's cache, or one of its neighbours', while all of the weight comes by.
+    fn in_blocks(&mut self, tokens: usize) -> impl Iterator<Item = (usize, OutputColumns<'_>)> {
+        let Self { matrix, width, columns } = self;
+        let blocks = matrix.chunks_mut((tokens * *width).max(1)).enumerate();
+        blocks.map(move |(block, matrix)| {
+            (block * tokens, OutputColumns { matrix, width: *width, columns: columns.clone() })
+        })
+    }
+
     /// Has `fill(rows, part)` write the output in parts of at most `rows_per_part` weight rows, from several
     /// threads.
     fn fill_in_parts(&mut self, rows_per_part: usize, fill: impl Fn(Range<usize>, &mut Part) + Sync) {
