@@ -75,16 +75,9 @@ pub struct Kernels {
     /// The codes (as many as x) of a key, query or value, and what turns them back into floats. Values are cut
     /// off at ±2^24.
     pub int16_codes: fn(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32,
-    /// The integer sums of queries with a block of keys become the codes of their weights, each times its value's
-    /// scale, zero where a key is not seen; `weights` is room for them on the way.
-    pub softmax_codes: fn(
-        sums: &[[i32; KEYS_PER_BLOCK]],
-        block: &BlockScales,
-        queries: &mut [Query],
-        weights: &mut [[f32; KEYS_PER_BLOCK]],
-        codes: &mut [[i16; KEYS_PER_BLOCK]],
-    ),
-    /// `context = context * shrink + sums * scale`.
+    /// The codes of weights from integer sums; see [`SoftmaxCodes`].
+    pub softmax_codes: SoftmaxCodes,
+    /// `context = context * shrink + sums * scale`, both (width).
     pub shrink_and_add: fn(context: &mut [f32], shrink: f32, sums: &[i32], scale: f32),
     /// The norm of one row; see [`LayerNormRow`].
     pub layer_norm: LayerNormRow,
@@ -136,6 +129,17 @@ pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2],
 /// `ahead` pairs from every line of b is brought to the cache meanwhile: it is what comes next; 0 for nothing.
 pub type PairSums =
     fn(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, ahead: isize);
+
+/// The integer sums (queries, 64) of queries with a block of keys become the codes (queries, 64) of their weights, each
+/// times its value's scale, zero where a key is not seen: sums beyond what a query sees may be anything. `weights` is
+/// room for them on the way.
+pub type SoftmaxCodes = fn(
+    sums: &[[i32; KEYS_PER_BLOCK]],
+    block: &BlockScales,
+    queries: &mut [Query],
+    weights: &mut [[f32; KEYS_PER_BLOCK]],
+    codes: &mut [[i16; KEYS_PER_BLOCK]],
+);
 
 /// Every table this build has, the fastest first; `portable` is always last.
 static ALL: &[&Kernels] = &[

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::Module;
 use int8_ops::cpu::Kernels;
-use int8_ops::{Activation, AttentionCache, CacheDtype, LayerNorm, add, attention_with};
+use int8_ops::{Activation, AttentionCache, CacheDtype, LayerNorm, add, attention, attention_with};
 
 /// From -50 to 50, close together around 0.
 fn arguments() -> Vec<f32> {
@@ -198,6 +198,70 @@ fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_e
         for kernels in Kernels::available() {
             assert_eq!(attended(CacheDtype::Int16, kernels)?, found, "{}", kernels.name);
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn equal_keys_and_values_reach_the_largest_sums_in_int16() -> Result<()> {
+    // 64 equal weights and largest codes come within 1e-4 of 2^31; half a code of 4,096 is what they may all be off.
+    for len in [64, 200] {
+        let ones = Tensor::ones((1, 1, len, 64), DType::F32, &Device::Cpu)?;
+        let cache = AttentionCache::new(&ones, len, CacheDtype::Int16)?;
+        cache.write(0, &ones, &ones)?;
+        for kernels in Kernels::available() {
+            let found = attention_with(kernels, &ones, &cache, 0, None)?.flatten_all()?.to_vec1::<f32>()?;
+            let error = found.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
+            assert!(error < 1.3e-4, "{} {len}: {error}", kernels.name);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_key_that_counts_is_never_skipped_for_its_distance() -> Result<()> {
+    let len = 600;
+    let along = |sizes: &dyn Fn(usize) -> f32, len: usize| {
+        Tensor::from_iter((0..len).flat_map(|token| [sizes(token), 0.0, 0.0, 0.0]), &Device::Cpu)?
+            .reshape((1, 1, len, 4))
+    };
+    // Scores are twice a key's size.
+    let queries = along(&|_| 4.0, 1)?;
+    // The far key's score falls short of that of the last by 6, or passes it: a share of 0.0025 or more.
+    for (slope, size, far) in
+        [(0.5f32, 0.25 * 591.0 - 3.0, 8), (0.5, 0.25 * 591.0 + 1.0, 8), (-1.0, 0.0, 0), (-0.1, 20.0, 300)]
+    {
+        let size = |token| if token == far { size } else { 0.0 };
+        let (keys, values) = (along(&size, len)?, along(&|token| if token == far { 1.0 } else { -1.0 }, len)?);
+        let attended = |dtype, kernels| -> Result<f32> {
+            let cache = AttentionCache::new(&keys, len, dtype)?;
+            cache.write(0, &keys, &values)?;
+            Ok(attention_with(kernels, &queries, &cache, len - 1, Some(&[slope]))?.flatten_all()?.to_vec1::<f32>()?[0])
+        };
+        for kernels in Kernels::available() {
+            let (found, wanted) = (attended(CacheDtype::Int16, kernels)?, attended(CacheDtype::F32, kernels)?);
+            assert!(wanted > -0.999 && (found - wanted).abs() < 5e-3, "{} {slope}: {found} for {wanted}", kernels.name);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_was_cached_before_leaves_no_trace_in_int16() -> Result<()> {
+    let random = |len| Tensor::randn(0f32, 1.0, (1, 2, len, 20), &Device::Cpu);
+    let (keys, values, queries) = (random(100)?, random(100)?, random(30)?);
+    let attended = |before: Option<f32>| -> Result<Vec<f32>> {
+        let cache = AttentionCache::new(&keys, 128, CacheDtype::Int16)?;
+        if let Some(before) = before {
+            let stale = Tensor::full(before, (1, 2, 128, 20), &Device::Cpu)?;
+            cache.write(0, &stale, &stale)?;
+        }
+        cache.write(0, &keys, &values)?;
+        attention(&queries, &cache, 70, Some(&[0.5, 0.0]))?.flatten_all()?.to_vec1()
+    };
+    let wanted = attended(None)?;
+    for before in [f32::NAN, f32::MAX, -7.0] {
+        assert_eq!(attended(Some(before))?, wanted, "{before}");
     }
     Ok(())
 }

@@ -172,7 +172,7 @@ pub enum BaselineName {
 /// What keys and values can be cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheDtypeName {
-    /// 16-bit integers with a scale for each head's key and value, on a CPU: as exact as f16, and faster.
+    /// 16-bit integers with a scale for each head's key and value, on a CPU: faster than f16.
     Int16,
     /// 16-bit floats.
     F16,

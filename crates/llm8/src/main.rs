@@ -25,8 +25,8 @@ use args::{Args, Command};
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// How long, in milliseconds: longer than a block takes for the longest prompts, whose outputs would else be cleared
-/// by the system again and again.
+/// How long freed memory is kept, in milliseconds: longer than a block of a long prompt takes, whose outputs would
+/// else be cleared by the system again and again.
 const PURGE_DELAY: c_long = 10_000;
 
 fn main() -> ExitCode {

@@ -11,7 +11,8 @@ use crate::cuda;
 /// What keys and values are cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheDtype {
-    /// 16-bit integers with a scale for each head's key and value, on the CPU alone: as exact as f16, and faster.
+    /// 16-bit integers with a scale for each head's key and value, on the CPU alone: as exact as f16 where the
+    /// features of a head are of like size, and faster.
     Int16,
     /// 16-bit floats.
     F16,
@@ -20,7 +21,7 @@ pub enum CacheDtype {
 }
 
 impl CacheDtype {
-    /// The one to take on a device: the fastest that loses nothing against 16-bit floats.
+    /// The one to take on a device: its fastest.
     pub fn of(device: &Device) -> Self {
         if device.is_cpu() { Self::Int16 } else { Self::F16 }
     }
@@ -137,6 +138,8 @@ impl AttentionCache {
 
     /// Writes keys and values (batch, heads, tokens, head_dim), `F32` on the CPU, of any strides but that of the
     /// last dimension, as those of the tokens from `past` on; what was there is overwritten.
+    ///
+    /// Errors where they are of other dimensions, or there is no room for them.
     pub fn write(&self, past: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
         let (batch, heads, capacity, head_dim) = self.dims();
         for tensor in [keys, values] {

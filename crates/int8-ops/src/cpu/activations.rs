@@ -164,10 +164,9 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
         }
     });
     let merge = |parts: &[Vec<u32>]| {
-        let mut columns = parts.concat();
-        columns.sort_unstable();
-        columns.dedup();
-        columns
+        let mut flags = vec![0u8; cols];
+        parts.iter().flatten().for_each(|&column| flags[column as usize] = 1);
+        flagged(&flags)
     };
     columns.chunks(parts_per_sequence).map(merge).collect()
 }

@@ -50,8 +50,8 @@ const BYTES_PER_PART: usize = 1 << 15;
 
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
-    /// from memory. More: blocks that are worth putting codes, or the weight, in another order for; and the
-    /// sums of as many tokens as stay in a core's cache.
+    /// from memory. More: blocks that are worth putting codes, or the weight, in another order for; and as
+    /// many tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
         let rows = if tokens == 1 { 16 } else { 64 };
         let rows_per_part = match tokens {

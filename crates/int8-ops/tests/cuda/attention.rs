@@ -1,6 +1,6 @@
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use half::{bf16, f16};
-use int8_ops::{AttentionCache, attention};
+use int8_ops::{AttentionCache, CacheDtype, attention};
 use kernels_on_host::Arg;
 
 use super::support::{Float, floats, launch, tensor};
@@ -85,7 +85,8 @@ fn wanted<T: Float, C: Float>(case: &Case, qkv: &[T]) -> Result<Vec<f32>> {
     let qkv = tensor(qkv, &[case.batch, case.total(), case.heads, 3, case.head_dim])?;
     let part = |index: usize| qkv.narrow(3, index, 1)?.squeeze(3)?.transpose(1, 2);
     let (queries, keys, values): (Tensor, Tensor, Tensor) = (part(0)?, part(1)?, part(2)?);
-    let cache = AttentionCache::new(&queries, case.total(), C::DTYPE)?;
+    let dtype = if C::DTYPE == DType::F16 { CacheDtype::F16 } else { CacheDtype::F32 };
+    let cache = AttentionCache::new(&queries, case.total(), dtype)?;
     cache.write(0, &keys, &values)?;
     let queries = queries.narrow(2, case.past, case.tokens)?;
     attention(&queries, &cache, case.past, case.slopes().as_deref())?.flatten_all()?.to_vec1()

@@ -225,7 +225,7 @@ pub fn cache_dtype(cache: CacheArgs, device: &Device) -> anyhow::Result<CacheDty
     let dtype = cache.dtype.map_or(best, CacheDtype::from);
     if dtype == CacheDtype::Int16 && !device.is_cpu() {
         let message = format!("keys and values can't be cached in int16 on {}", label(device));
-        let hint = format!("leave --cache-dtype out for {}, which is its best there", best.name());
+        let hint = format!("leave --cache-dtype out for {}, or run with --device cpu", best.name());
         return Err(Failure::new(message).with_hint(hint).into());
     }
     Ok(dtype)
