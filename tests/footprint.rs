@@ -80,7 +80,7 @@ fn the_text_has_the_published_figures() {
     assert!(line("smaller than").contains("1.74x"));
     assert!(line("int8 + head").contains('█'), "{text}");
     line("L4 24 GB");
-    line("KV cache in f16: ");
+    line("KV cache: ");
     line("No weight files here");
     assert!(text.lines().all(|line| line.chars().count() <= 110 && line.trim_end() == line), "{text}");
     let larger = stdout(&succeeds(&["footprint", "-m", "bigscience/bloom"]));

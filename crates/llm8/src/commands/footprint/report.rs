@@ -137,7 +137,7 @@ impl Report {
     pub fn new(model: String, footprint: &Footprint, headers: Option<&TensorHeaders>, context: Option<u32>) -> Self {
         let longest = footprint.longest_context();
         let tokens = context.map_or(CONTEXT.min(longest.tokens()), |tokens| tokens as usize);
-        let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens, CacheDtype::F16) };
+        let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens, CacheDtype::Int16) };
         let context = cache(tokens);
         let needed = |precision: &Precision| footprint.weights(precision).total() + context.kv_cache_bytes + OVERHEAD;
         let on = |memory: u64| {
@@ -150,7 +150,7 @@ impl Report {
             parameters: footprint.parameters(),
             precisions: ByPrecision::each(|precision| footprint.weights(precision).into()),
             ratio_f16_int8: footprint.bytes_at_16_bits() as f64 / int8_bytes as f64,
-            kv_cache_bytes_per_1000_tokens: footprint.kv_cache(1000, CacheDtype::F16),
+            kv_cache_bytes_per_1000_tokens: footprint.kv_cache(1000, CacheDtype::Int16),
             longest_context: cache(longest.tokens()),
             longest_context_is_a_limit: matches!(longest, LongestContext::Positions(_)),
             context,

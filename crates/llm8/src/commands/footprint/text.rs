@@ -71,7 +71,7 @@ pub fn describe_cache(report: &Report) -> String {
         false => "the context it was trained on",
     };
     format!(
-        "KV cache in f16: {} per 1,000 tokens, {} for {longest}, {} tokens",
+        "KV cache: {} per 1,000 tokens, {} for {longest}, {} tokens",
         precise_bytes(report.kv_cache_bytes_per_1000_tokens),
         precise_bytes(report.longest_context.kv_cache_bytes),
         thousands(report.longest_context.tokens as u64),
