@@ -22,7 +22,9 @@ pub(crate) fn head_strides(layout: &Layout) -> Result<[usize; 3]> {
 /// softmax(q k^T / sqrt(head_dim) + slope * key position) v for queries (batch, heads, tokens, head_dim)
 /// (`F32` on the CPU), which follow `past` tokens and whose own keys and values the cache holds too; every query
 /// attends to the keys up to its own position. ALiBi (Press et al. 2021, arXiv 2108.12409) comes by a
-/// slope for each head, or not at all; errors name dimensions that do not fit. The result is (batch, tokens, heads * head_dim).
+/// slope for each head, or not at all. The result is (batch, tokens, heads * head_dim).
+///
+/// Errors name the dimensions where queries, slopes and cache do not fit together.
 pub fn attention(queries: &Tensor, cache: &AttentionCache, past: usize, slopes: Option<&[f32]>) -> Result<Tensor> {
     attention_with(Kernels::active(), queries, cache, past, slopes)
 }

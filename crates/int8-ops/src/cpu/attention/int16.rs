@@ -113,7 +113,7 @@ pub struct Query {
     pub max: f32,
     /// The sum of the weights so far, yet to be added up.
     pub sums: [f32; LANES],
-    /// ALiBi's slope, times log2 e, by the distance from the query to the block's first key, negative.
+    /// ALiBi's slope, times log2 e, by the position of the block's first key less that of the query.
     pub bias: f32,
     /// How many of the block's keys the query sees.
     pub seen: usize,
@@ -185,9 +185,9 @@ impl Cache for Int16Cache<'_> {
             for (position, query) in (head.position..).zip(&mut queries) {
                 query.bias = slope * (first_key as f32 - position as f32);
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
-                // All keys of a block that ends before the query are written, so it is the same who asks when.
-                let is_before = first_key + KEYS_PER_BLOCK <= position;
-                if is_before && query.can_skip(longest_key, largest_bias) {
+                // Never its own block, which comes first; all keys of those before are written, so it is the same
+                // who asks when.
+                if query.can_skip(longest_key, largest_bias) {
                     query.seen = 0;
                 }
             }
