@@ -42,7 +42,7 @@ pub(super) use for_each_tile;
 pub(super) const MANY_TOKENS: usize = 12;
 /// How far ahead of its use a weight is brought to the second cache, in bytes.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 8192;
+pub(super) const AHEAD: usize = 8192;
 
 /// Asks for the weight some way after `weight` to be brought to the second cache.
 #[cfg(target_arch = "x86_64")]

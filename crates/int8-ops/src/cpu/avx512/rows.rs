@@ -4,16 +4,19 @@
 use std::arch::x86_64::*;
 use std::cell::Cell;
 
-use super::super::tiles::prefetch_after;
+use super::super::tiles::{AHEAD, prefetch, prefetch_after};
 
 /// Weight rows whose sums are gathered across a register together.
 const ROWS: usize = 4;
 
+/// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
+const TILE_ROWS: usize = 16;
+
 /// The most tokens that are worked on together.
 const TOKENS: usize = 8;
 
-/// Sums of every token with some weight rows, in lanes that are yet to be added.
-type RowSums = [[__m512i; ROWS]; TOKENS];
+/// Sums of some tokens with some weight rows, in lanes that are yet to be added.
+type RowSums = [__m512i; 16];
 
 /// A vector of codes.
 #[derive(Clone, Copy)]
@@ -29,9 +32,8 @@ thread_local! {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
     let (tokens, rows) = (code_sums.len(), weight.len() / cols);
-    let blocks = weight.chunks(ROWS * cols).enumerate();
     if tokens == 1 {
-        for (block, weight) in blocks {
+        for (block, weight) in weight.chunks(ROWS * cols).enumerate() {
             let mut row_sums = [_mm512_setzero_si512(); ROWS];
             for (sum, weight) in row_sums.iter_mut().zip(weight.chunks_exact(cols)) {
                 *sum = row(codes, weight);
@@ -44,11 +46,11 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
         pack(codes, tokens, cols, &mut lines);
         let vectors = cols.div_ceil(64);
         // Not cleared again for every tile: that would take as long as some of the products.
-        let mut row_sums = [[_mm512_setzero_si512(); ROWS]; TOKENS];
-        for (block, weight) in blocks {
+        let mut row_sums = [[_mm512_setzero_si512(); 16]; TILE_ROWS];
+        for (block, weight) in weight.chunks(TILE_ROWS * cols).enumerate() {
             let mut token = 0;
             while token < tokens {
-                let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * ROWS..]);
+                let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * TILE_ROWS..]);
                 token += match group(tokens - token) {
                     1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
                     2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
@@ -135,8 +137,8 @@ fn row(codes: &[i8], weight: &[i8]) -> __m512i {
     acc.into_iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc))
 }
 
-/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 4 weight rows, of which R at a
-/// time share the codes that are loaded; gives T. What is in `row_sums` before does not count.
+/// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and up to 16 weight rows, of which R at a
+/// time share the codes that are loaded; gives T. `row_sums` is room for sums that are not complete.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn tile<const T: usize, const R: usize>(
     lines: &[Line],
@@ -144,53 +146,79 @@ fn tile<const T: usize, const R: usize>(
     cols: usize,
     sums: &mut [i32],
     stride: usize,
-    row_sums: &mut RowSums,
+    row_sums: &mut [RowSums; TILE_ROWS],
 ) -> usize {
-    /// Vectors of every token's codes that stay in the nearest cache while the rows of the weight come by.
-    const VECTORS: usize = 32;
     let rows = weight.len() / cols;
-    assert!(rows <= ROWS && sums.len() >= (T - 1) * stride + rows);
-    for (block, lines) in lines[..cols.div_ceil(64) * T].chunks(VECTORS * T).enumerate() {
+    assert!(rows <= TILE_ROWS && sums.len() >= (T - 1) * stride + rows);
+    let vectors = vectors_per_block(cols);
+    let blocks = lines[..cols.div_ceil(64) * T].chunks(vectors * T);
+    let last = blocks.len() - 1;
+    for (block, lines) in blocks.enumerate() {
+        let col = block * vectors * 64;
+        let place = Place { col, is_last: block == last, stride };
         let mut row = 0;
         while row < rows {
-            let weight = &weight[row * cols + block * VECTORS * 64..];
+            let (weight, sums) = (&weight[row * cols + col..], &mut sums[row..]);
             row += match rows - row >= R {
-                true => add_rows::<T, R>(lines, weight, cols, row, block == 0, row_sums),
-                false => add_rows::<T, 1>(lines, weight, cols, row, block == 0, row_sums),
+                true => add_rows::<T, R>(lines, weight, cols, &place, &mut row_sums[row / R], sums),
+                false => add_rows::<T, 1>(lines, weight, cols, &place, &mut row_sums[row / R + row % R], sums),
             };
         }
-    }
-    for (t, row_sums) in row_sums[..T].iter().enumerate() {
-        store(add_lanes(*row_sums), &mut sums[t * stride..][..rows]);
     }
     T
 }
 
-/// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums[t][row + r]`, or writes it there
-/// if these are the first vectors, for T tokens and R weight rows, `cols` apart; gives R.
+/// The vectors of a row that are worked on before the next row's, so that those of every token's codes stay in the
+/// nearest cache meanwhile: as many in each block, or nearly.
+fn vectors_per_block(cols: usize) -> usize {
+    const MOST: usize = 40;
+    let vectors = cols.div_ceil(64);
+    vectors.div_ceil(vectors.div_ceil(MOST))
+}
+
+/// Where some vectors lie in their rows, and where complete sums go.
+struct Place {
+    /// The column of the first.
+    col: usize,
+    /// Whether there is nothing after them.
+    is_last: bool,
+    /// From the sums of one token to those of the next.
+    stride: usize,
+}
+
+/// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums`, for T tokens and R weight
+/// rows, `cols` apart; what stands there before the first vectors does not count. After the last vectors the sums
+/// are complete. Gives R.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn add_rows<const T: usize, const R: usize>(
     lines: &[Line],
     weight: &[i8],
     cols: usize,
-    row: usize,
-    is_first: bool,
+    place: &Place,
     row_sums: &mut RowSums,
+    sums: &mut [i32],
 ) -> usize {
     let mut acc = [[_mm512_setzero_si512(); R]; T];
-    if !is_first {
-        acc = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t][row + r]));
+    if place.col > 0 {
+        acc = std::array::from_fn(|t| std::array::from_fn(|r| row_sums[t * R + r]));
     }
     let flip = _mm512_set1_epi8(i8::MIN);
     // What there is of the weight from the same place in the last of the rows on, rows after it too: a vector may
     // reach past the end of its row, where codes are zero.
     let left = weight.len() - (R - 1) * cols;
-    let whole = (left / 64).min(lines.len() / T);
+    let count = lines.len() / T;
+    let whole = (left / 64).min(count);
+    // The same rows' next vectors, or those after so many rows.
+    let ahead = match (place.col, place.is_last) {
+        (0, true) => AHEAD,
+        (col, true) => TILE_ROWS * cols - col,
+        (_, false) => count * 64,
+    };
     for vector in 0..whole {
         let weights: [__m512i; R] = std::array::from_fn(|r| {
             let weight = weight.as_ptr().wrapping_add(r * cols + vector * 64);
-            prefetch_after(weight);
+            prefetch(weight.wrapping_add(ahead));
             // SAFETY: 64 columns from here on are in the slice, of the last row and so of those before it.
             _mm512_xor_si512(unsafe { _mm512_loadu_epi8(weight) }, flip)
         });
@@ -202,7 +230,7 @@ fn add_rows<const T: usize, const R: usize>(
             }
         }
     }
-    if whole < lines.len() / T {
+    if whole < count {
         let mask = (1 << (left - whole * 64)) - 1;
         let weights: [__m512i; R] = std::array::from_fn(|r| {
             // SAFETY: the mask keeps to what is left of the weight. Codes are zero where it is off.
@@ -217,8 +245,15 @@ fn add_rows<const T: usize, const R: usize>(
             }
         }
     }
-    for (t, acc) in acc.into_iter().enumerate() {
-        row_sums[t][row..row + R].copy_from_slice(&acc);
+    if place.is_last {
+        let mut all = [_mm512_setzero_si512(); 16];
+        all[..T * R].copy_from_slice(acc.as_flattened());
+        let all = add_lanes_of_16(all);
+        for (sums, all) in sums.chunks_mut(place.stride).zip(all.chunks(R).take(T)) {
+            sums[..R].copy_from_slice(all);
+        }
+    } else {
+        row_sums[..T * R].copy_from_slice(acc.as_flattened());
     }
     R
 }
@@ -244,5 +279,26 @@ fn add_lanes([a, b, c, d]: [__m512i; ROWS]) -> [i32; ROWS] {
     let mut out = [0; ROWS];
     // SAFETY: four sums of 32 bits fit.
     unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+    out
+}
+
+/// The sums over the 16 lanes of each of 16 vectors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_lanes_of_16(vectors: [__m512i; 16]) -> [i32; 16] {
+    let pairs: [__m512i; 8] = std::array::from_fn(|i| {
+        let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+        _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+    });
+    // Every quarter holds a sum of four lanes of four vectors.
+    let fours: [__m512i; 4] = std::array::from_fn(|i| {
+        let (a, b) = (pairs[2 * i], pairs[2 * i + 1]);
+        _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+    });
+    let halves = |a, b| _mm512_add_epi32(_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
+    let sums = halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+    let mut out = [0; 16];
+    // SAFETY: 16 sums of 32 bits fit.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) };
     out
 }
