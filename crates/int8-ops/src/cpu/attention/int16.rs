@@ -62,9 +62,9 @@ fn parts(record: &[u32]) -> (&[f32; KEYS_PER_BLOCK], &[Pair]) {
     (scales, bytemuck::cast_slice(pairs))
 }
 
-/// Asks for a record's scales to be brought to the cache.
-fn prefetch_scales(record: &[u32]) {
-    record[..KEYS_PER_BLOCK].chunks(LANES).for_each(|line| prefetch(line.as_ptr()));
+/// Asks for the scales of the record at `place` to be brought to the cache; there may be none.
+fn prefetch_scales(records: &[u32], place: usize) {
+    (0..KEYS_PER_BLOCK).step_by(LANES).for_each(|scale| prefetch(records.as_ptr().wrapping_add(place + scale)));
 }
 
 /// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
@@ -176,8 +176,9 @@ impl Cache for Int16Cache<'_> {
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
-            // The block before is the next.
-            let ahead = |record: usize| if block == 0 { 0 } else { -(record as isize) };
+            // The block before comes next, and after the first one the last of the next head.
+            let next = if block > 0 { -1 } else { (self.blocks + last / KEYS_PER_BLOCK) as isize };
+            let ahead = |record: usize| next * record as isize;
             let record = key_record(head.head_dim);
             let (key_scales, keys) = parts(&self.keys[index * record..][..record]);
             // NaN comes out as itself, and is never skipped.
@@ -196,10 +197,9 @@ impl Cache for Int16Cache<'_> {
             let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
-            if block > 0 {
-                prefetch_scales(&self.keys[(index - 1) * key_record(head.head_dim)..]);
-                prefetch_scales(&self.values[(index - 1) * value_record(head.head_dim)..]);
-            }
+            let next = index.wrapping_add_signed(next);
+            prefetch_scales(self.keys, next * key_record(head.head_dim));
+            prefetch_scales(self.values, next * value_record(head.head_dim));
             let lanes = most_seen.next_multiple_of(LANES);
             (kernels.pair_sums)(codes, depth, keys, scores, KEYS_PER_BLOCK, lanes, ahead(record));
             let record = value_record(head.head_dim);

@@ -23,9 +23,18 @@ type RowSums = [__m512i; 16];
 #[repr(align(64))]
 struct Line([i8; 64]);
 
+/// Room for what several tokens need.
+#[derive(Default)]
+struct Room {
+    /// Their codes, in the order of use.
+    lines: Vec<Line>,
+    /// Sums of a tile's rows that are not complete.
+    row_sums: Vec<RowSums>,
+}
+
 thread_local! {
-    /// Room for the codes of several tokens, kept from one block to the next.
-    static LINES: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// Kept from one block to the next.
+    static ROOM: Cell<Room> = const { Cell::new(Room { lines: Vec::new(), row_sums: Vec::new() }) };
 }
 
 /// [`Int8Dots`](crate::cpu::Int8Dots) of at least one token.
@@ -42,11 +51,10 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
             store(add_lanes(row_sums), &mut sums[block * ROWS..][..count]);
         }
     } else {
-        let mut lines = LINES.take();
+        let Room { mut lines, mut row_sums } = ROOM.take();
         pack(codes, tokens, cols, &mut lines);
+        row_sums.resize(TILE_ROWS, [_mm512_setzero_si512(); 16]);
         let vectors = cols.div_ceil(64);
-        // Not cleared again for every tile: that would take as long as some of the products.
-        let mut row_sums = [[_mm512_setzero_si512(); 16]; TILE_ROWS];
         for (block, weight) in weight.chunks(TILE_ROWS * cols).enumerate() {
             let mut token = 0;
             while token < tokens {
@@ -59,7 +67,7 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
                 };
             }
         }
-        LINES.set(lines);
+        ROOM.set(Room { lines, row_sums });
     }
     for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
         sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
@@ -146,7 +154,7 @@ fn tile<const T: usize, const R: usize>(
     cols: usize,
     sums: &mut [i32],
     stride: usize,
-    row_sums: &mut [RowSums; TILE_ROWS],
+    row_sums: &mut [RowSums],
 ) -> usize {
     let rows = weight.len() / cols;
     assert!(rows <= TILE_ROWS && sums.len() >= (T - 1) * stride + rows);
