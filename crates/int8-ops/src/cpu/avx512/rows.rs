@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::cell::Cell;
 
-use super::super::tiles::{AHEAD, prefetch, prefetch_after};
+use super::super::tiles::{AHEAD, prefetch};
 
 /// Weight rows whose sums are gathered across a register together.
 const ROWS: usize = 4;
@@ -116,13 +116,16 @@ fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
 fn row(codes: &[i8], weight: &[i8]) -> __m512i {
     /// Sums side by side, which hide the latency of an addition.
     const SUMS: usize = 4;
+    /// How far ahead of its use the weight is asked for, in bytes: with one row at a time that is soon enough, and
+    /// what is asked for beyond a thread's rows is for nothing.
+    const AHEAD: usize = 3072;
     let cols = weight.len();
     assert!(codes.len() >= cols);
     let flip = _mm512_set1_epi8(i8::MIN);
     let mut acc = [_mm512_setzero_si512(); SUMS];
     let (unrolled, whole) = (cols / (64 * SUMS) * (64 * SUMS), cols / 64 * 64);
     let mut add = |u: usize, col: usize| {
-        prefetch_after(weight.as_ptr().wrapping_add(col));
+        prefetch(weight.as_ptr().wrapping_add(col + AHEAD));
         // SAFETY: 64 columns of the row lie in the slices (asserted above).
         let load = |values: &[i8]| unsafe { _mm512_loadu_epi8(values.as_ptr().add(col)) };
         acc[u] = _mm512_dpbusd_epi32(acc[u], _mm512_xor_si512(load(weight), flip), load(codes));
