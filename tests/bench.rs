@@ -117,7 +117,7 @@ fn every_combination_has_a_row() {
         assert_eq!(rows.as_array().unwrap().len(), 1);
         assert_eq!(rows[0]["test"], test);
     }
-    for dtype in ["int16", "f16", "f32"] {
+    for dtype in ["int8", "int16", "f16", "f32"] {
         let rows = json_of(&[fixed.as_slice(), &["--threads=1,2", "--cache-dtype", dtype]].concat());
         assert!(rows.as_array().unwrap().iter().all(|row| row["cache_dtype"] == dtype), "{rows}");
     }

@@ -126,7 +126,7 @@ fn json_has_the_documented_keys() {
 }
 
 #[test]
-fn a_cache_in_32_bits_takes_twice_the_memory() {
+fn a_cache_takes_the_memory_of_its_dtype() {
     let cache_bytes = |dtype: &str| {
         let report = json_of(&["generate", "Debian", "-n", "3", "--json", "--cache-dtype", dtype]);
         report["memory"]["kv_cache_bytes"].as_u64().unwrap()
@@ -134,6 +134,8 @@ fn a_cache_in_32_bits_takes_twice_the_memory() {
     assert_eq!(cache_bytes("f32"), 2 * cache_bytes("f16"));
     let with_scales = cache_bytes("int16");
     assert!(cache_bytes("f16") < with_scales && with_scales < cache_bytes("f32"), "{with_scales}");
+    let in_8_bits = cache_bytes("int8");
+    assert!(in_8_bits < cache_bytes("f16") && with_scales < 2 * in_8_bits, "{in_8_bits}");
 }
 
 #[test]

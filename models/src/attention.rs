@@ -151,7 +151,7 @@ mod tests {
         let tokens = 200;
         let [queries, keys, values_] = random(tokens)?;
         let slopes = alibi_slopes(3);
-        for dtype in [CacheDtype::Int16, CacheDtype::F16, CacheDtype::F32] {
+        for dtype in [CacheDtype::Int8, CacheDtype::Int16, CacheDtype::F16, CacheDtype::F32] {
             let mut whole = KvCache::with_dtype(1, dtype);
             let found = attend(&queries, &keys, &values_, Some(&slopes), whole.layer(0))?;
             for run in [1, 7, 64] {
@@ -190,7 +190,8 @@ mod tests {
     #[test]
     fn a_cache_takes_the_bytes_of_its_dtype_for_whole_blocks_of_tokens() -> Result<()> {
         // A scale comes with each integer key and value.
-        for (dtype, bytes, scale) in [(CacheDtype::Int16, 2, 4), (CacheDtype::F16, 2, 0), (CacheDtype::F32, 4, 0)] {
+        let integers = [(CacheDtype::Int8, 1, 4), (CacheDtype::Int16, 2, 4)];
+        for (dtype, bytes, scale) in integers.into_iter().chain([(CacheDtype::F16, 2, 0), (CacheDtype::F32, 4, 0)]) {
             let mut cache = KvCache::with_dtype(1, dtype);
             let [queries, keys, values_] = random(65)?;
             attend(&queries, &keys, &values_, None, cache.layer(0))?;

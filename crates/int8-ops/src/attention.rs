@@ -7,7 +7,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 pub use self::cache::{AttentionCache, CacheDtype};
-use crate::cpu::{self, FloatCache, Int16Cache, Kernels, Queries};
+use crate::cpu::{self, FloatCache, IntegerCache, Kernels, Queries};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 
@@ -48,12 +48,14 @@ pub fn attention_with(
     queries.apply_op3_no_bwd(
         &cache.keys,
         &cache.values,
-        &Attention { kernels, past, slopes: slopes.map(<[f32]>::to_vec) },
+        &Attention { kernels, dtype: cache.dtype(), past, slopes: slopes.map(<[f32]>::to_vec) },
     )
 }
 
 struct Attention {
     kernels: &'static Kernels,
+    /// Of the cache.
+    dtype: CacheDtype,
     past: usize,
     slopes: Option<Vec<f32>>,
 }
@@ -81,8 +83,13 @@ impl CustomOp3 for Attention {
         // Blocks of integers, or the tokens that there is room for.
         let len = values_layout.dims()[2];
         let out = match (keys, values) {
-            (CpuStorage::U32(keys), CpuStorage::U32(values)) => self
-                .attend(&queries, Int16Cache { keys: &keys[from_key..], values: &values[from_value..], blocks: len }),
+            (CpuStorage::U32(keys), CpuStorage::U32(values)) => {
+                let (keys, values) = (&keys[from_key..], &values[from_value..]);
+                match self.dtype {
+                    CacheDtype::Int8 => self.attend(&queries, IntegerCache::<i8>::new(keys, values, len)),
+                    _ => self.attend(&queries, IntegerCache::<i16>::new(keys, values, len)),
+                }
+            }
             (CpuStorage::F16(keys), CpuStorage::F16(values)) => self
                 .attend(&queries, FloatCache { keys: &keys[from_key..], values: &values[from_value..], capacity: len }),
             (CpuStorage::F32(keys), CpuStorage::F32(values)) => self

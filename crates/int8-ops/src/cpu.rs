@@ -34,8 +34,8 @@ use half::{bf16, f16};
 pub(crate) use activations::{Activations, Values};
 pub use attention::{BlockScales, Bound, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax};
 pub(crate) use attention::{
-    Cache, CacheValue, FloatCache, Int16Cache, LANES, Queries, attend, key_record, padded, value_record, write_key,
-    write_value,
+    Cache, CacheCode, CacheValue, FloatCache, IntegerCache, LANES, Queries, attend, key_record, padded, value_record,
+    write_key, write_value,
 };
 pub use product::Finish;
 pub(crate) use product::{OutputColumns, float_product, int8_product};
@@ -104,8 +104,10 @@ pub struct Kernels {
     pub f32_outer: OuterSum<f32>,
     /// A sum of outer products with f16 vectors; see [`OuterSum`].
     pub f16_outer: OuterSum<f16>,
-    /// Integer sums of pairs of codes; see [`PairSums`].
-    pub pair_sums: PairSums,
+    /// Integer sums of pairs of codes of 16 bits; see [`PairSums`].
+    pub pair_sums: PairSums<i16>,
+    /// Integer sums with pairs of codes of 8 bits; see [`PairSums`].
+    pub byte_pair_sums: PairSums<i8>,
 }
 
 /// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
@@ -127,8 +129,8 @@ pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2],
 /// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
 /// `lanes` l, a multiple of 16, for a (rows, ..), b (.., width), and sums (rows, width). With one row, what lies
 /// `ahead` pairs from every line of b is brought to the cache meanwhile: it is what comes next; 0 for nothing.
-pub type PairSums =
-    fn(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, ahead: isize);
+pub type PairSums<C> =
+    fn(a: &[Pair], depth: usize, b: &[[C; 2]], sums: &mut [i32], width: usize, lanes: usize, ahead: isize);
 
 /// The integer sums (queries, 64) of queries with a block of keys become the codes (queries, 64) of their weights, each
 /// times its value's scale, zero where a key is not seen: sums beyond what a query sees may be anything. `weights` is

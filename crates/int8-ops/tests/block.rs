@@ -148,7 +148,7 @@ fn distance(found: &[f32], wanted: &[f64]) -> f64 {
 }
 
 #[test]
-fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_everywhere() -> Result<()> {
+fn attention_over_a_cache_in_integers_is_as_exact_as_their_rounding_and_the_same_everywhere() -> Result<()> {
     const HEADS: usize = 24;
     for (past, tokens, head_dim, slope) in [
         (0, 40, 5, 0.0),
@@ -167,7 +167,7 @@ fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_e
         let queries = random(tokens)?;
         let [q, k, v] =
             [&queries, &keys, &values].map(|tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap());
-        let mut wanted = Vec::new();
+        let (mut wanted, mut by_rounding) = (Vec::new(), Vec::new());
         for (query, head) in (0..tokens).flat_map(|query| (0..HEADS).map(move |head| (query, head))) {
             let row =
                 |all: &[f32], len: usize, index: usize| all[(head * len + index) * head_dim..][..head_dim].to_vec();
@@ -184,7 +184,19 @@ fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_e
             for (key, weight) in weights.iter().enumerate() {
                 sums.iter_mut().zip(row(&v, len, key)).for_each(|(sum, v)| *sum += weight / total * f64::from(v));
             }
+            // What half a code of 8 bits in each feature of the keys and values can make, to first order.
+            let half_a_code = |x: &[f32]| f64::from(x.iter().fold(0f32, |max, x| max.max(x.abs()))) / 254.0;
+            let size = q.iter().map(|q| f64::from(q.abs())).sum::<f64>() / (head_dim as f64).sqrt();
+            let mut errors = vec![0f64; head_dim];
+            for (key, weight) in weights.iter().enumerate() {
+                let (of_score, v) = (size * half_a_code(&row(&k, len, key)), row(&v, len, key));
+                for ((error, &v), wanted) in errors.iter_mut().zip(&v).zip(&sums) {
+                    *error += weight / total * of_score * (f64::from(v) - wanted).abs();
+                }
+                errors.iter_mut().for_each(|error| *error += weight / total * half_a_code(&v));
+            }
             wanted.extend(sums);
+            by_rounding.extend(errors);
         }
         let attended = |dtype, kernels| -> Result<Vec<f32>> {
             let cache = AttentionCache::new(&keys, len, dtype)?;
@@ -195,24 +207,31 @@ fn attention_over_a_cache_in_int16_is_as_exact_as_over_one_in_f16_and_the_same_e
         let found = attended(CacheDtype::Int16, Kernels::active())?;
         let in_int16 = distance(&found, &wanted);
         assert!(in_int16 < in_f16, "{in_int16} for {in_f16}: {tokens} after {past}, head_dim {head_dim}");
+        let found_in_int8 = attended(CacheDtype::Int8, Kernels::active())?;
+        let (in_int8, most) =
+            (distance(&found_in_int8, &wanted), by_rounding.iter().sum::<f64>() / wanted.len() as f64);
+        assert!(in_int8 < most, "{in_int8} for {most}: {tokens} after {past}, head_dim {head_dim}");
         for kernels in Kernels::available() {
             assert_eq!(attended(CacheDtype::Int16, kernels)?, found, "{}", kernels.name);
+            assert_eq!(attended(CacheDtype::Int8, kernels)?, found_in_int8, "{}", kernels.name);
         }
     }
     Ok(())
 }
 
+const INTEGERS: [CacheDtype; 2] = [CacheDtype::Int8, CacheDtype::Int16];
+
 #[test]
-fn equal_keys_and_values_reach_the_largest_sums_in_int16() -> Result<()> {
+fn equal_keys_and_values_reach_the_largest_sums_in_integers() -> Result<()> {
     // 64 equal weights and largest codes come within 1e-4 of 2^31; half a code of 4,096 is what they may all be off.
-    for len in [64, 200] {
+    for (len, dtype) in INTEGERS.iter().flat_map(|&dtype| [(64, dtype), (200, dtype)]) {
         let ones = Tensor::ones((1, 1, len, 64), DType::F32, &Device::Cpu)?;
-        let cache = AttentionCache::new(&ones, len, CacheDtype::Int16)?;
+        let cache = AttentionCache::new(&ones, len, dtype)?;
         cache.write(0, &ones, &ones)?;
         for kernels in Kernels::available() {
             let found = attention_with(kernels, &ones, &cache, 0, None)?.flatten_all()?.to_vec1::<f32>()?;
             let error = found.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
-            assert!(error < 1.3e-4, "{} {len}: {error}", kernels.name);
+            assert!(error < 1.3e-4, "{} {dtype:?} {len}: {error}", kernels.name);
         }
     }
     Ok(())
@@ -238,8 +257,8 @@ fn a_key_that_counts_is_never_skipped_for_its_distance() -> Result<()> {
             cache.write(0, &keys, &values)?;
             Ok(attention_with(kernels, &queries, &cache, len - 1, Some(&[slope]))?.flatten_all()?.to_vec1::<f32>()?[0])
         };
-        for kernels in Kernels::available() {
-            let (found, wanted) = (attended(CacheDtype::Int16, kernels)?, attended(CacheDtype::F32, kernels)?);
+        for (kernels, dtype) in Kernels::available().flat_map(|kernels| INTEGERS.map(|dtype| (kernels, dtype))) {
+            let (found, wanted) = (attended(dtype, kernels)?, attended(CacheDtype::F32, kernels)?);
             assert!(wanted > -0.999 && (found - wanted).abs() < 5e-3, "{} {slope}: {found} for {wanted}", kernels.name);
         }
     }
@@ -247,11 +266,11 @@ fn a_key_that_counts_is_never_skipped_for_its_distance() -> Result<()> {
 }
 
 #[test]
-fn what_was_cached_before_leaves_no_trace_in_int16() -> Result<()> {
+fn what_was_cached_before_leaves_no_trace_in_integers() -> Result<()> {
     let random = |len| Tensor::randn(0f32, 1.0, (1, 2, len, 20), &Device::Cpu);
     let (keys, values, queries) = (random(100)?, random(100)?, random(30)?);
-    let attended = |before: Option<f32>| -> Result<Vec<f32>> {
-        let cache = AttentionCache::new(&keys, 128, CacheDtype::Int16)?;
+    let attended = |dtype, before: Option<f32>| -> Result<Vec<f32>> {
+        let cache = AttentionCache::new(&keys, 128, dtype)?;
         if let Some(before) = before {
             let stale = Tensor::full(before, (1, 2, 128, 20), &Device::Cpu)?;
             cache.write(0, &stale, &stale)?;
@@ -259,17 +278,19 @@ fn what_was_cached_before_leaves_no_trace_in_int16() -> Result<()> {
         cache.write(0, &keys, &values)?;
         attention(&queries, &cache, 70, Some(&[0.5, 0.0]))?.flatten_all()?.to_vec1()
     };
-    let wanted = attended(None)?;
-    for before in [f32::NAN, f32::MAX, -7.0] {
-        assert_eq!(attended(Some(before))?, wanted, "{before}");
+    for dtype in INTEGERS {
+        let wanted = attended(dtype, None)?;
+        for before in [f32::NAN, f32::MAX, -7.0] {
+            assert_eq!(attended(dtype, Some(before))?, wanted, "{dtype:?} {before}");
+        }
     }
     Ok(())
 }
 
 #[test]
 fn no_tokens_attend_to_nothing() -> Result<()> {
-    let dtypes = [(CacheDtype::F16, 0), (CacheDtype::F32, 0), (CacheDtype::F16, 3), (CacheDtype::Int16, 3)];
-    for (dtype, past) in dtypes {
+    let floats = [(CacheDtype::F16, 0), (CacheDtype::F32, 0), (CacheDtype::F16, 3)];
+    for (dtype, past) in floats.into_iter().chain(INTEGERS.map(|dtype| (dtype, 3))) {
         let none = Tensor::zeros((2, 3, 0, 16), DType::F32, &Device::Cpu)?;
         let cache = AttentionCache::new(&none, past, dtype)?;
         cache.write(past, &none, &none)?;
@@ -299,11 +320,12 @@ fn a_value_beyond_f16_does_not_reach_the_queries_before_it() -> Result<()> {
 }
 
 #[test]
-fn a_value_that_int16_cuts_off_does_not_reach_the_queries_before_it() -> Result<()> {
+fn a_value_that_integers_cut_off_does_not_reach_the_queries_before_it() -> Result<()> {
     let row = |values: [f32; 3]| Tensor::from_iter(values, &Device::Cpu)?.reshape((1, 1, 3, 1))?.repeat((1, 1, 1, 20));
     let (queries, keys) = (row([1.0; 3])?, row([1.0, 1e6, -1e9])?);
-    for far in [65_520.0, 1e9, f32::MAX, f32::INFINITY, f32::NAN] {
-        let cache = AttentionCache::new(&keys, 3, CacheDtype::Int16)?;
+    let far = [65_520.0, 1e9, f32::MAX, f32::INFINITY, f32::NAN];
+    for (far, dtype) in far.into_iter().flat_map(|far| INTEGERS.map(|dtype| (far, dtype))) {
+        let cache = AttentionCache::new(&keys, 3, dtype)?;
         cache.write(0, &keys, &row([0.5, far, -far])?)?;
         for kernels in Kernels::available() {
             let found = attention_with(kernels, &queries, &cache, 0, None)?.to_vec3::<f32>()?;

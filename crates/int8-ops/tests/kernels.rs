@@ -92,16 +92,22 @@ proptest! {
         let (width, lanes) = (16 * (vectors + spare), 16 * vectors);
         let pairs = |skip: usize, count: usize| (0..count).map(|i| [0, 1].map(|part| codes[(skip + 2 * i + part) % codes.len()])).collect::<Vec<_>>();
         let (a, b) = (pairs(0, rows * (depth + spare)), pairs(17, depth * width));
+        let bytes: Vec<[i8; 2]> = b.iter().map(|pair| pair.map(|code| code as i8)).collect();
         for kernels in Kernels::available() {
-            let mut sums = vec![7i32; rows * width];
+            let (mut sums, mut byte_sums) = (vec![7i32; rows * width], vec![7i32; rows * width]);
             (kernels.pair_sums)(&a, depth, &b, &mut sums, width, lanes, -64);
-            for (index, &sum) in sums.iter().enumerate().filter(|(index, _)| index % width < lanes) {
+            (kernels.byte_pair_sums)(&a, depth, &bytes, &mut byte_sums, width, lanes, 64);
+            for index in (0..sums.len()).filter(|index| index % width < lanes) {
                 let (row, lane) = (index / width, index % width);
-                let wanted = (0..depth).flat_map(|k| {
-                    let (a, b) = (a[row * (depth + spare) + k], b[k * width + lane]);
-                    [0, 1].map(|part| i64::from(a[part]) * i64::from(b[part]))
-                });
-                prop_assert_eq!(sum, wanted.sum::<i64>() as i32, "{}", kernels.name);
+                let wanted = |b: &dyn Fn(usize) -> [i64; 2]| {
+                    let products = (0..depth).flat_map(|k| {
+                        let (a, b) = (a[row * (depth + spare) + k], b(k * width + lane));
+                        [0, 1].map(|part| i64::from(a[part]) * b[part])
+                    });
+                    products.sum::<i64>() as i32
+                };
+                prop_assert_eq!(sums[index], wanted(&|at| b[at].map(i64::from)), "{}", kernels.name);
+                prop_assert_eq!(byte_sums[index], wanted(&|at| bytes[at].map(i64::from)), "{}", kernels.name);
             }
         }
     }
@@ -113,11 +119,13 @@ proptest! {
     ) {
         let x: Vec<f32> = x.iter().map(|x| x * size).collect();
         let kept: Vec<f64> = x.iter().map(|&x| f64::from(x.clamp(-16_777_216.0, 16_777_216.0))).collect();
-        for bound in [Bound::Norm, Bound::Magnitude] {
+        for bound in [Bound::Norm, Bound::Magnitude, Bound::Byte] {
             let norm = kept.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let absmax = kept.iter().fold(0f64, |max, x| max.max(x.abs()));
             let scale = match bound {
                 Bound::Norm => norm / 32_767.0,
-                Bound::Magnitude => kept.iter().fold(0f64, |max, x| max.max(x.abs())) / 8_191.0,
+                Bound::Magnitude => absmax / 8_191.0,
+                Bound::Byte => absmax / 127.0,
             };
             let mut wanted = None;
             for kernels in Kernels::available() {
@@ -126,6 +134,7 @@ proptest! {
                 prop_assert!((f64::from(found) / scale - 1.0).abs() < 1e-5, "{}: {found} for {scale}", kernels.name);
                 for (&code, x) in codes.iter().zip(&kept) {
                     prop_assert!((f64::from(code) - x / scale).abs() < 0.51, "{}: {code}", kernels.name);
+                    prop_assert!(bound != Bound::Byte || code.abs() <= 127, "{}: {code}", kernels.name);
                 }
                 prop_assert_eq!(&codes, wanted.get_or_insert_with(|| codes.clone()), "{}", kernels.name);
             }

@@ -4,13 +4,16 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor,
 use half::f16;
 
 use super::head_strides;
-use crate::cpu::{self, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Pair, padded, team};
+use crate::cpu::{self, CacheCode, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Pair, padded, team};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 
 /// What keys and values are cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheDtype {
+    /// 8-bit integers with a scale for each head's key and value, on the CPU alone: half the bytes to read for each
+    /// token, and less exact than f16.
+    Int8,
     /// 16-bit integers with a scale for each head's key and value, on the CPU alone: as exact as f16 where the
     /// features of a head are of like size, and faster.
     Int16,
@@ -26,9 +29,15 @@ impl CacheDtype {
         if device.is_cpu() { Self::Int16 } else { Self::F16 }
     }
 
-    /// `int16`, `f16` or `f32`.
+    /// Whether it is of integers, which are cached on the CPU alone.
+    pub fn is_integer(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int16)
+    }
+
+    /// `int8`, `int16`, `f16` or `f32`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Int8 => "int8",
             Self::Int16 => "int16",
             Self::F16 => "f16",
             Self::F32 => "f32",
@@ -38,6 +47,7 @@ impl CacheDtype {
     /// The bytes of the key and the value that a head caches for a token, without what pads them.
     pub fn bytes(self, head_dim: usize) -> usize {
         match self {
+            Self::Int8 => 2 * (head_dim + size_of::<f32>()),
             Self::Int16 => 2 * (2 * head_dim + size_of::<f32>()),
             Self::F16 => 4 * head_dim,
             Self::F32 => 8 * head_dim,
@@ -47,7 +57,7 @@ impl CacheDtype {
 
 /// The keys and values of one layer, with room for more, in the layout that [`attention`](super::attention()) reads.
 /// In floats on the CPU keys are in groups whose like features lie side by side, so that a vector holds one
-/// feature of 16 keys; on a CUDA device both are (batch, heads, capacity, head_dim). For integers see `Int16Cache`.
+/// feature of 16 keys; on a CUDA device both are (batch, heads, capacity, head_dim). For integers see `IntegerCache`.
 #[derive(Debug, Clone)]
 pub struct AttentionCache {
     /// (batch, heads, capacity / 16, head_dim, 16) of floats on the CPU; (batch, heads, capacity / 64, record) of
@@ -80,11 +90,17 @@ impl AttentionCache {
         let zeros = |dims: &[usize], dtype| Tensor::zeros([&[batch, heads], dims].concat(), dtype, device);
         let float = if dtype == CacheDtype::F16 { DType::F16 } else { DType::F32 };
         let (keys, values) = match (dtype, device.is_cpu()) {
-            (CacheDtype::Int16, true) => (
-                zeros(&[blocks, cpu::key_record(head_dim)], DType::U32)?,
-                zeros(&[blocks, cpu::value_record(head_dim)], DType::U32)?,
+            (CacheDtype::Int8, true) => (
+                zeros(&[blocks, cpu::key_record::<i8>(head_dim)], DType::U32)?,
+                zeros(&[blocks, cpu::value_record::<i8>(head_dim)], DType::U32)?,
             ),
-            (CacheDtype::Int16, false) => bail!("keys and values are cached in int16 on the CPU alone"),
+            (CacheDtype::Int16, true) => (
+                zeros(&[blocks, cpu::key_record::<i16>(head_dim)], DType::U32)?,
+                zeros(&[blocks, cpu::value_record::<i16>(head_dim)], DType::U32)?,
+            ),
+            (CacheDtype::Int8 | CacheDtype::Int16, false) => {
+                bail!("keys and values are cached in {} on the CPU alone", dtype.name())
+            }
             (_, true) => {
                 (zeros(&[capacity / LANES, head_dim, LANES], float)?, zeros(&[capacity, padded(head_dim)], float)?)
             }
@@ -107,7 +123,7 @@ impl AttentionCache {
     /// How many tokens lie under one index of the third dimension of keys, and of values.
     fn tokens_per_entry(&self) -> (usize, usize) {
         match self.dtype {
-            CacheDtype::Int16 => (KEYS_PER_BLOCK, KEYS_PER_BLOCK),
+            dtype if dtype.is_integer() => (KEYS_PER_BLOCK, KEYS_PER_BLOCK),
             _ if self.keys.device().is_cpu() => (LANES, 1),
             _ => (1, 1),
         }
@@ -155,8 +171,8 @@ impl AttentionCache {
         if self.keys.device().is_cuda() {
             return cuda::write_cache(&self.keys, &self.values, past, keys, values);
         }
-        self.keys.inplace_op2(keys, &Write { past, place: Place::Key })?;
-        self.values.inplace_op2(values, &Write { past, place: Place::Value })
+        self.keys.inplace_op2(keys, &Write { past, place: Place::Key, dtype: self.dtype })?;
+        self.values.inplace_op2(values, &Write { past, place: Place::Value, dtype: self.dtype })
     }
 }
 
@@ -174,6 +190,7 @@ const VALUES_WORTH_SHARING: usize = 1 << 10;
 struct Write {
     past: usize,
     place: Place,
+    dtype: CacheDtype,
 }
 
 impl InplaceOp2 for Write {
@@ -187,7 +204,10 @@ impl InplaceOp2 for Write {
         match cache {
             CpuStorage::F32(cache) => self.write_floats(&mut cache[start..], cache_layout, new, layout),
             CpuStorage::F16(cache) => self.write_floats::<f16>(&mut cache[start..], cache_layout, new, layout),
-            CpuStorage::U32(cache) => self.write_codes(&mut cache[start..], cache_layout, new, layout),
+            CpuStorage::U32(cache) if self.dtype == CacheDtype::Int8 => {
+                self.write_codes::<i8>(&mut cache[start..], cache_layout, new, layout)
+            }
+            CpuStorage::U32(cache) => self.write_codes::<i16>(&mut cache[start..], cache_layout, new, layout),
             _ => bail!("a cache must be of integers, F16 or F32"),
         }
     }
@@ -214,15 +234,21 @@ impl Write {
         })
     }
 
-    fn write_codes(&self, cache: &mut [u32], in_cache: &Layout, new: &[f32], of_new: &Layout) -> Result<()> {
+    fn write_codes<C: CacheCode>(
+        &self,
+        cache: &mut [u32],
+        in_cache: &Layout,
+        new: &[f32],
+        of_new: &Layout,
+    ) -> Result<()> {
         let kernels = Kernels::active();
         let record = in_cache.dims()[3];
         self.write(cache, in_cache, new, of_new, |cache, position, new, codes: &mut Vec<Pair>| {
             let record = &mut cache[position / KEYS_PER_BLOCK * record..][..record];
             codes.resize(new.len().div_ceil(2), Pair::default());
             match self.place {
-                Place::Key => cpu::write_key(kernels, new, position % KEYS_PER_BLOCK, record, codes),
-                Place::Value => cpu::write_value(kernels, new, position % KEYS_PER_BLOCK, record, codes),
+                Place::Key => cpu::write_key::<C>(kernels, new, position % KEYS_PER_BLOCK, record, codes),
+                Place::Value => cpu::write_value::<C>(kernels, new, position % KEYS_PER_BLOCK, record, codes),
             }
         })
     }

@@ -6,12 +6,12 @@
 //! gets is the same bit for bit whatever other queries are worked on beside it.
 
 mod float;
-mod int16;
+mod integer;
 
 pub(crate) use float::{CacheValue, FloatCache};
-pub use int16::{BlockScales, Bound, Pair, Query};
-pub(super) use int16::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
-pub(crate) use int16::{Int16Cache, key_record, value_record, write_key, write_value};
+pub use integer::{BlockScales, Bound, Pair, Query};
+pub(super) use integer::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
+pub(crate) use integer::{CacheCode, IntegerCache, key_record, value_record, write_key, write_value};
 
 use std::ops::Range;
 

@@ -26,7 +26,12 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
-    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe { pair_sums(a, depth, b, sums, width, lanes, ahead) },
+    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
+        pair_sums::<i16>(a, depth, b, sums, width, lanes, ahead)
+    },
+    byte_pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
+        pair_sums::<i8>(a, depth, b, sums, width, lanes, ahead)
+    },
     ..elementwise::KERNELS
 };
 
@@ -251,8 +256,41 @@ fn outer_tile<const R: usize, W: Widen>(
     R
 }
 
+/// A code of which 8 pairs are loaded, and widened where they are narrow, at a time.
+trait WidenPairs: Copy {
+    /// # Safety
+    /// 8 pairs must be readable.
+    unsafe fn load(pairs: *const [Self; 2]) -> __m256i;
+}
+
+impl WidenPairs for i16 {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load(pairs: *const Pair) -> __m256i {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { _mm256_loadu_si256(pairs.cast()) }
+    }
+}
+
+impl WidenPairs for i8 {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load(pairs: *const [i8; 2]) -> __m256i {
+        // SAFETY: the caller vouches for the memory: 8 pairs of 8 bits.
+        _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(pairs.cast()) })
+    }
+}
+
 #[target_feature(enable = "avx2")]
-fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, ahead: isize) {
+fn pair_sums<C: WidenPairs>(
+    a: &[Pair],
+    depth: usize,
+    b: &[[C; 2]],
+    sums: &mut [i32],
+    width: usize,
+    lanes: usize,
+    ahead: isize,
+) {
     let rows = sums.len() / width;
     let stride = a.len() / rows;
     for lane in (0..lanes).step_by(16) {
@@ -261,9 +299,9 @@ fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usiz
         while row < rows {
             let (a, sums) = (&a[row * stride..], &mut sums[row * width + lane..]);
             row += match rows - row {
-                1 => pair_tile::<1>(a, stride, depth, b, sums, width, ahead),
-                2 | 3 => pair_tile::<2>(a, stride, depth, b, sums, width, 0),
-                _ => pair_tile::<4>(a, stride, depth, b, sums, width, 0),
+                1 => pair_tile::<C, 1>(a, stride, depth, b, sums, width, ahead),
+                2 | 3 => pair_tile::<C, 2>(a, stride, depth, b, sums, width, 0),
+                _ => pair_tile::<C, 4>(a, stride, depth, b, sums, width, 0),
             };
         }
     }
@@ -271,11 +309,11 @@ fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usiz
 
 /// R rows by 16 lanes of [`PairSums`](super::PairSums); gives R.
 #[target_feature(enable = "avx2")]
-fn pair_tile<const R: usize>(
+fn pair_tile<C: WidenPairs, const R: usize>(
     a: &[Pair],
     stride: usize,
     depth: usize,
-    b: &[Pair],
+    b: &[[C; 2]],
     sums: &mut [i32],
     width: usize,
     ahead: isize,
@@ -287,9 +325,8 @@ fn pair_tile<const R: usize>(
         if R == 1 && ahead != 0 {
             prefetch(b.as_ptr().wrapping_add(k * width).wrapping_offset(ahead));
         }
-        // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
-        let vectors: [__m256i; 2] =
-            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(b.as_ptr().add(k * width + v * 8).cast()) });
+        // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above); a pair of a is 32 bits.
+        let vectors: [__m256i; 2] = std::array::from_fn(|v| unsafe { C::load(b.as_ptr().add(k * width + v * 8)) });
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above.
             let a = _mm256_set1_epi32(unsafe { a.as_ptr().add(r * stride + k).cast::<i32>().read_unaligned() });

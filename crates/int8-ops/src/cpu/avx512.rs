@@ -35,7 +35,10 @@ pub(super) const KERNELS: Kernels = Kernels {
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
     pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
-        pairs::pair_sums(a, depth, b, sums, width, lanes, ahead)
+        pairs::pair_sums::<i16>(a, depth, b, sums, width, lanes, ahead)
+    },
+    byte_pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
+        pairs::pair_sums::<i8>(a, depth, b, sums, width, lanes, ahead)
     },
     ..elementwise::KERNELS
 };

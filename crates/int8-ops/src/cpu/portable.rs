@@ -10,6 +10,7 @@ use super::Kernels;
 use super::attention::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
 use super::math::{ROUND, erfc, exp, exp2};
 pub(super) use super::{BlockScales, Bound, Finish, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax};
+use crate::MAX_CODE;
 
 pub(super) const KERNELS: Kernels = Kernels {
     name: "portable",
@@ -37,7 +38,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: float_dots::<bf16>,
     f32_outer: outer_sum::<f32>,
     f16_outer: outer_sum::<f16>,
-    pair_sums,
+    pair_sums: pair_sums::<i16>,
+    byte_pair_sums: pair_sums::<i8>,
 };
 
 /// The bits of a magnitude: they order as the magnitudes do, and NaN comes after infinity.
@@ -183,6 +185,7 @@ pub(super) fn int16_codes(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32 {
     let (size, code) = match bound {
         Bound::Norm => (squares(x, within).sqrt(), CODE_NORM),
         Bound::Magnitude => (within(absmax(x, None)), LARGEST_VALUE_CODE),
+        Bound::Byte => (within(absmax(x, None)), MAX_CODE),
     };
     let inverse = if size < f32::MIN_POSITIVE { 0.0 } else { code / size };
     for (code, &x) in codes.iter_mut().zip(x) {
@@ -388,15 +391,23 @@ fn float_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &
     }
 }
 
-fn pair_sums(a: &[Pair], depth: usize, b: &[Pair], sums: &mut [i32], width: usize, lanes: usize, _ahead: isize) {
+fn pair_sums<C: Copy + Into<i32>>(
+    a: &[Pair],
+    depth: usize,
+    b: &[[C; 2]],
+    sums: &mut [i32],
+    width: usize,
+    lanes: usize,
+    _ahead: isize,
+) {
     let rows = sums.len() / width;
     for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {
         let sums = &mut sums[..lanes];
         sums.fill(0);
         for (&[first, second], b) in a[..depth].iter().zip(b.chunks(width)) {
             for (sum, &[b_first, b_second]) in sums.iter_mut().zip(b) {
-                let product = i32::from(first) * i32::from(b_first);
-                *sum = sum.wrapping_add(product.wrapping_add(i32::from(second) * i32::from(b_second)));
+                let product = i32::from(first) * b_first.into();
+                *sum = sum.wrapping_add(product.wrapping_add(i32::from(second) * b_second.into()));
             }
         }
     }

@@ -223,8 +223,8 @@ pub fn generate_options(args: &SamplingArgs, cache: CacheArgs, loaded: &Loaded) 
 pub fn cache_dtype(cache: CacheArgs, device: &Device) -> anyhow::Result<CacheDtype> {
     let best = CacheDtype::of(device);
     let dtype = cache.dtype.map_or(best, CacheDtype::from);
-    if dtype == CacheDtype::Int16 && !device.is_cpu() {
-        let message = format!("keys and values can't be cached in int16 on {}", label(device));
+    if dtype.is_integer() && !device.is_cpu() {
+        let message = format!("keys and values can't be cached in {} on {}", dtype.name(), label(device));
         let hint = format!("leave --cache-dtype out for {}, or run with --device cpu", best.name());
         return Err(Failure::new(message).with_hint(hint).into());
     }

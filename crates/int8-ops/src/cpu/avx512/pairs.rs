@@ -1,16 +1,41 @@
-//! Sums of products of pairs of 16-bit codes, 32 products an instruction: rows by vectors of lanes in registers.
+//! Sums of products of pairs of codes, in 16 bits, 32 products an instruction: rows by vectors of lanes in registers.
 
 use std::arch::x86_64::*;
 
 use crate::cpu::Pair;
 use crate::cpu::tiles::prefetch;
 
+/// A code of which 16 pairs are loaded, and widened where they are narrow, at a time.
+pub(super) trait Widen: Copy {
+    /// # Safety
+    /// 16 pairs must be readable.
+    unsafe fn load(pairs: *const [Self; 2]) -> __m512i;
+}
+
+impl Widen for i16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn load(pairs: *const Pair) -> __m512i {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { _mm512_loadu_si512(pairs.cast()) }
+    }
+}
+
+impl Widen for i8 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn load(pairs: *const [i8; 2]) -> __m512i {
+        // SAFETY: the caller vouches for the memory: 16 pairs of 8 bits.
+        _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(pairs.cast()) })
+    }
+}
+
 /// [`PairSums`](crate::cpu::PairSums).
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn pair_sums(
+pub(super) fn pair_sums<C: Widen>(
     a: &[Pair],
     depth: usize,
-    b: &[Pair],
+    b: &[[C; 2]],
     sums: &mut [i32],
     width: usize,
     lanes: usize,
@@ -26,9 +51,9 @@ pub(super) fn pair_sums(
             macro_rules! tile {
                 ($rows:literal) => {
                     if lanes - lane >= 64 {
-                        tile::<$rows, 4>(a, stride, depth, b, sums, width, ahead)
+                        tile::<C, $rows, 4>(a, stride, depth, b, sums, width, ahead)
                     } else {
-                        tile::<$rows, 1>(a, stride, depth, b, sums, width, ahead)
+                        tile::<C, $rows, 1>(a, stride, depth, b, sums, width, ahead)
                     }
                 };
             }
@@ -46,11 +71,11 @@ pub(super) fn pair_sums(
 
 /// R rows by V vectors of 16 lanes; gives the number of lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<const R: usize, const V: usize>(
+fn tile<C: Widen, const R: usize, const V: usize>(
     a: &[Pair],
     stride: usize,
     depth: usize,
-    b: &[Pair],
+    b: &[[C; 2]],
     sums: &mut [i32],
     width: usize,
     ahead: isize,
@@ -62,9 +87,8 @@ fn tile<const R: usize, const V: usize>(
         if R == 1 && ahead != 0 {
             (0..V).for_each(|v| prefetch(b.as_ptr().wrapping_add(k * width + v * 16).wrapping_offset(ahead)));
         }
-        // SAFETY: V vectors of b[k], and a[r, k], lie in the slices (asserted above); a pair is 32 bits.
-        let vectors: [__m512i; V] =
-            std::array::from_fn(|v| unsafe { _mm512_loadu_si512(b.as_ptr().add(k * width + v * 16).cast()) });
+        // SAFETY: V vectors of b[k], and a[r, k], lie in the slices (asserted above); a pair of a is 32 bits.
+        let vectors: [__m512i; V] = std::array::from_fn(|v| unsafe { C::load(b.as_ptr().add(k * width + v * 16)) });
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above.
             let a = _mm512_set1_epi32(unsafe { a.as_ptr().add(r * stride + k).cast::<i32>().read_unaligned() });

@@ -1,18 +1,23 @@
-//! Keys and values cached as 16-bit integers with a scale for each head's key and value: products in
-//! integers, twice as many an instruction as in f32, and the same bit for bit on every instruction set.
+//! Keys and values cached as integers with a scale for each head's key and value: products in integers, twice
+//! as many an instruction as in f32, and the same bit for bit on every instruction set.
 //!
 //! A sum of products must fit 32 bits, so codes are bounded by what a sum of them can be. Queries and
 //! keys have a norm of 32,767, so that their product is at most 2^30. In a block of 64 keys the weights
 //! have a norm of 32,767 and a value's codes are at most 8,191: a sum is at most 32,767 * 8,191 * 8, just
 //! below 2^31. For 64 normally distributed features that is a third (keys) and a half (values) of the
 //! rounding error of f16. Errors are of the size of the largest feature, in keys of all: where one is ten
-//! times the others, those are as exact as in f16, and beyond that less.
+//! times the others, those are as exact as in f16, and beyond that less. Codes of 8 bits are at most 127; they
+//! are widened as they are read, and queries and weights are in 16 bits with them too.
 
 use std::f32::consts::LOG2_E;
+use std::marker::PhantomData;
+
+use bytemuck::Pod;
 
 use super::{Cache, Head, KEYS_PER_BLOCK, LANES, padded};
-use crate::cpu::Kernels;
+use crate::MAX_CODE;
 use crate::cpu::tiles::prefetch;
+use crate::cpu::{Kernels, PairSums};
 
 /// Codes of two features of a key or query, or of one feature of two values that follow one another: what
 /// an instruction multiplies and sums.
@@ -21,10 +26,63 @@ pub type Pair = [i16; 2];
 /// What codes are bounded by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
-    /// A norm of 32,767: keys and queries.
+    /// A norm of 32,767: queries, and keys in 16 bits.
     Norm,
-    /// A magnitude of 8,191: values.
+    /// A magnitude of 8,191: values in 16 bits.
     Magnitude,
+    /// A magnitude of 127: keys and values in 8 bits.
+    Byte,
+}
+
+/// A code of a cached key or value.
+pub(crate) trait CacheCode: Pod + Sync {
+    /// What the codes of a key are bounded by.
+    const KEY: Bound;
+    /// What the codes of a value are bounded by.
+    const VALUE: Bound;
+
+    /// The code, which is within its bound.
+    fn of(code: i16) -> Self;
+
+    /// The largest norm of the codes of a key.
+    fn key_norm(head_dim: usize) -> f32;
+
+    /// The kernel that works on pairs of it.
+    fn pair_sums(kernels: &Kernels) -> PairSums<Self>;
+}
+
+impl CacheCode for i16 {
+    const KEY: Bound = Bound::Norm;
+    const VALUE: Bound = Bound::Magnitude;
+
+    fn of(code: i16) -> Self {
+        code
+    }
+
+    fn key_norm(_head_dim: usize) -> f32 {
+        CODE_NORM
+    }
+
+    fn pair_sums(kernels: &Kernels) -> PairSums<Self> {
+        kernels.pair_sums
+    }
+}
+
+impl CacheCode for i8 {
+    const KEY: Bound = Bound::Byte;
+    const VALUE: Bound = Bound::Byte;
+
+    fn of(code: i16) -> Self {
+        code as i8
+    }
+
+    fn key_norm(head_dim: usize) -> f32 {
+        MAX_CODE * (head_dim as f32).sqrt()
+    }
+
+    fn pair_sums(kernels: &Kernels) -> PairSums<Self> {
+        kernels.byte_pair_sums
+    }
 }
 
 /// The norm of a key's, a query's or a block of weights' codes.
@@ -34,32 +92,45 @@ pub(crate) const LARGEST_VALUE_CODE: f32 = 8_191.0;
 /// Keys, values and queries beyond it count as it, far from where squares overflow.
 pub(crate) const LARGEST: f32 = 16_777_216.0;
 
-/// A layer's keys and values. Those of 64 tokens are a record: the 64 scales, as the bits of f32, and then
-/// pairs of codes.
+/// A layer's keys and values in codes of one width. Those of 64 tokens are a record: the 64 scales, as the bits of
+/// f32, and then pairs of codes.
 #[derive(Clone, Copy)]
-pub(crate) struct Int16Cache<'a> {
+pub(crate) struct IntegerCache<'a, C> {
     /// (batch, heads, blocks) records of pairs of features (head_dim / 2, 64 keys).
-    pub(crate) keys: &'a [u32],
+    keys: &'a [u32],
     /// (batch, heads, blocks) records of pairs of values (32, padded head_dim).
-    pub(crate) values: &'a [u32],
-    pub(crate) blocks: usize,
+    values: &'a [u32],
+    blocks: usize,
+    code: PhantomData<C>,
+}
+
+impl<'a, C> IntegerCache<'a, C> {
+    pub(crate) fn new(keys: &'a [u32], values: &'a [u32], blocks: usize) -> Self {
+        Self { keys, values, blocks, code: PhantomData }
+    }
 }
 
 /// The length of a record of keys.
-pub(crate) fn key_record(head_dim: usize) -> usize {
-    KEYS_PER_BLOCK * (1 + head_dim.div_ceil(2))
+pub(crate) fn key_record<C: CacheCode>(head_dim: usize) -> usize {
+    KEYS_PER_BLOCK + KEYS_PER_BLOCK * head_dim.div_ceil(2) * size_of::<[C; 2]>() / size_of::<u32>()
 }
 
 /// The length of a record of values.
-pub(crate) fn value_record(head_dim: usize) -> usize {
-    KEYS_PER_BLOCK + KEYS_PER_BLOCK / 2 * padded(head_dim)
+pub(crate) fn value_record<C: CacheCode>(head_dim: usize) -> usize {
+    KEYS_PER_BLOCK + KEYS_PER_BLOCK / 2 * padded(head_dim) * size_of::<[C; 2]>() / size_of::<u32>()
 }
 
 /// A record's scales and pairs.
-fn parts(record: &[u32]) -> (&[f32; KEYS_PER_BLOCK], &[Pair]) {
+fn parts<C: CacheCode>(record: &[u32]) -> (&[f32; KEYS_PER_BLOCK], &[[C; 2]]) {
     let (scales, pairs) = record.split_at(KEYS_PER_BLOCK);
     let scales = bytemuck::cast_slice(scales).first_chunk().expect("64 scales");
-    (scales, bytemuck::cast_slice(pairs))
+    (scales, bytemuck::cast_slice::<u32, C>(pairs).as_chunks().0)
+}
+
+/// A record's scales, as bits, and pairs.
+fn parts_mut<C: CacheCode>(record: &mut [u32]) -> (&mut [u32], &mut [[C; 2]]) {
+    let (scales, pairs) = record.split_at_mut(KEYS_PER_BLOCK);
+    (scales, bytemuck::cast_slice_mut::<u32, C>(pairs).as_chunks_mut().0)
 }
 
 /// Asks for the scales of the record at `place` to be brought to the cache; there may be none.
@@ -69,25 +140,34 @@ fn prefetch_scales(records: &[u32], place: usize) {
 
 /// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
 /// for as many, in pairs.
-pub(crate) fn write_key(kernels: &Kernels, key: &[f32], index: usize, record: &mut [u32], codes: &mut [Pair]) {
-    let (scales, pairs) = record.split_at_mut(KEYS_PER_BLOCK);
-    let flat: &mut [i16] = bytemuck::cast_slice_mut(codes);
-    scales[index] = (kernels.int16_codes)(key, Bound::Norm, &mut flat[..key.len()]).to_bits();
+pub(crate) fn write_key<C: CacheCode>(
+    kernels: &Kernels,
+    key: &[f32],
+    index: usize,
+    record: &mut [u32],
+    codes: &mut [Pair],
+) {
+    let (scales, pairs) = parts_mut::<C>(record);
+    scales[index] = (kernels.int16_codes)(key, C::KEY, &mut codes.as_flattened_mut()[..key.len()]).to_bits();
     for (pair, place) in codes.iter().zip(pairs[index..].iter_mut().step_by(KEYS_PER_BLOCK)) {
-        *place = bytemuck::cast(*pair);
+        *place = pair.map(C::of);
     }
 }
 
 /// Writes a value (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
 /// for as many, in pairs.
-pub(crate) fn write_value(kernels: &Kernels, value: &[f32], index: usize, record: &mut [u32], codes: &mut [Pair]) {
-    let (scales, pairs) = record.split_at_mut(KEYS_PER_BLOCK);
-    let flat: &mut [i16] = &mut bytemuck::cast_slice_mut(codes)[..value.len()];
-    scales[index] = (kernels.int16_codes)(value, Bound::Magnitude, flat).to_bits();
-    let pairs: &mut [Pair] = bytemuck::cast_slice_mut(pairs);
-    let pairs = &mut pairs[index / 2 * padded(value.len())..][..value.len()];
-    for (pair, code) in pairs.iter_mut().zip(flat) {
-        pair[index % 2] = *code;
+pub(crate) fn write_value<C: CacheCode>(
+    kernels: &Kernels,
+    value: &[f32],
+    index: usize,
+    record: &mut [u32],
+    codes: &mut [Pair],
+) {
+    let (scales, pairs) = parts_mut::<C>(record);
+    let codes = &mut codes.as_flattened_mut()[..value.len()];
+    scales[index] = (kernels.int16_codes)(value, C::VALUE, codes).to_bits();
+    for (pair, code) in pairs[index / 2 * padded(value.len())..].iter_mut().zip(codes) {
+        pair[index % 2] = C::of(*code);
     }
 }
 
@@ -149,12 +229,12 @@ impl Query {
     /// Whether none of a block's weights can make a difference: by the Cauchy-Schwarz inequality a score is at most
     /// the product of the norms, and ALiBi's part at most that of the block's first key and `largest_bias`.
     fn can_skip(&self, longest_key: f32, largest_bias: f32) -> bool {
-        let largest = self.scale * CODE_NORM * (longest_key * CODE_NORM) + (self.bias + largest_bias);
+        let largest = self.scale * CODE_NORM * longest_key + (self.bias + largest_bias);
         largest - self.max < self.negligible
     }
 }
 
-impl Cache for Int16Cache<'_> {
+impl<C: CacheCode> Cache for IntegerCache<'_, C> {
     /// The nearest block comes first: with ALiBi the others often need not be read.
     fn attend(&self, kernels: &Kernels, head: &Head) -> Vec<f32> {
         let (count, width, depth) = (head.count(), padded(head.head_dim), head.head_dim.div_ceil(2));
@@ -173,16 +253,17 @@ impl Cache for Int16Cache<'_> {
         let mut weights = vec![[0f32; KEYS_PER_BLOCK]; count];
         let mut weight_codes = vec![[0i16; KEYS_PER_BLOCK]; count];
         let mut contexts = vec![0f32; count * width];
+        let pair_sums = C::pair_sums(kernels);
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
             // The block before comes next, and after the first one the last of the next head.
             let next = if block > 0 { -1 } else { (self.blocks + last / KEYS_PER_BLOCK) as isize };
-            let ahead = |record: usize| next * record as isize;
-            let record = key_record(head.head_dim);
-            let (key_scales, keys) = parts(&self.keys[index * record..][..record]);
+            let ahead = |record: usize| next * (record * size_of::<u32>() / size_of::<[C; 2]>()) as isize;
+            let (key_record, value_record) = (key_record::<C>(head.head_dim), value_record::<C>(head.head_dim));
+            let (key_scales, keys) = parts::<C>(&self.keys[index * key_record..][..key_record]);
             // NaN comes out as itself, and is never skipped.
-            let longest_key = (kernels.absmax)(key_scales, None);
+            let longest_key = (kernels.absmax)(key_scales, None) * C::key_norm(head.head_dim);
             for (position, query) in (head.position..).zip(&mut queries) {
                 query.bias = slope * (first_key as f32 - position as f32);
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
@@ -198,18 +279,17 @@ impl Cache for Int16Cache<'_> {
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
             let next = index.wrapping_add_signed(next);
-            prefetch_scales(self.keys, next * key_record(head.head_dim));
-            prefetch_scales(self.values, next * value_record(head.head_dim));
+            prefetch_scales(self.keys, next * key_record);
+            prefetch_scales(self.values, next * value_record);
             let lanes = most_seen.next_multiple_of(LANES);
-            (kernels.pair_sums)(codes, depth, keys, scores, KEYS_PER_BLOCK, lanes, ahead(record));
-            let record = value_record(head.head_dim);
-            let (value_scales, values) = parts(&self.values[index * record..][..record]);
+            pair_sums(codes, depth, keys, scores, KEYS_PER_BLOCK, lanes, ahead(key_record));
+            let (value_scales, values) = parts::<C>(&self.values[index * value_record..][..value_record]);
             let scales = BlockScales { keys: key_scales, values: &value_scales.map(|scale| scale * LIFT), biases };
             let weight_codes = &mut weight_codes[..queries.len()];
             (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, &mut weights, weight_codes);
             let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
             let sums = &mut sums[..queries.len() * width];
-            (kernels.pair_sums)(weight_codes, most_seen.div_ceil(2), values, sums, width, width, ahead(record));
+            pair_sums(weight_codes, most_seen.div_ceil(2), values, sums, width, width, ahead(value_record));
             for ((context, sums), query) in
                 contexts[first * width..].chunks_mut(width).zip(sums.chunks(width)).zip(queries)
             {
