@@ -19,6 +19,17 @@ fn number(report: &Value, key: &str) -> f64 {
 }
 
 #[test]
+fn the_figures_are_those_of_the_cache_that_is_asked_for() {
+    let folder = model("tiny-bloom");
+    let kl = |dtype| {
+        let report = compare(folder.to_str().unwrap(), &["--cache-dtype", dtype, "The Debian project is"]);
+        assert_eq!((&report["f16"]["cache_dtype"], &report["int8"]["cache_dtype"]), (&dtype.into(), &dtype.into()));
+        number(&report, "mean_kl")
+    };
+    assert_ne!(kl("int8"), kl("f32"));
+}
+
+#[test]
 fn the_ratio_is_that_of_footprint_on_every_fixture() {
     for fixture in ["tiny-bloom", "tiny-opt", "random/bloom-12-heads", "random/opt-350m-form", "random/galactica-form"]
     {

@@ -129,6 +129,7 @@ fn json_has_the_documented_keys() {
 fn a_cache_takes_the_memory_of_its_dtype() {
     let cache_bytes = |dtype: &str| {
         let report = json_of(&["generate", "Debian", "-n", "3", "--json", "--cache-dtype", dtype]);
+        assert_eq!(report["cache_dtype"], dtype);
         report["memory"]["kv_cache_bytes"].as_u64().unwrap()
     };
     assert_eq!(cache_bytes("f32"), 2 * cache_bytes("f16"));

@@ -48,6 +48,11 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// What keys and values are in; `None` before the first.
+    pub fn dtype(&self) -> Option<CacheDtype> {
+        self.layers.iter().flatten().next().map(AttentionCache::dtype)
+    }
+
     /// Bytes that the cache has taken, room for further tokens included.
     pub fn bytes(&self) -> usize {
         self.layers.iter().flatten().map(AttentionCache::bytes).sum()

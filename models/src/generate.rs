@@ -174,6 +174,11 @@ impl Generation<'_> {
         self.generation_duration
     }
 
+    /// What keys and values are cached in; `None` before the first.
+    pub fn cache_dtype(&self) -> Option<CacheDtype> {
+        self.cache.dtype()
+    }
+
     /// Bytes that keys and values have taken.
     pub fn kv_cache_bytes(&self) -> usize {
         self.cache.bytes()

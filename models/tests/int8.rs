@@ -4,7 +4,7 @@ mod support;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
-use int8_models::{Int8Options, KvCache, Precision};
+use int8_models::{CacheDtype, Int8Options, KvCache, Precision};
 use int8_ops::{Int8Linear, Int8Matrix, OUTLIER_THRESHOLD, outlier_columns, quantize_activations};
 use support::*;
 
@@ -131,16 +131,17 @@ fn perplexity_at_int8_is_that_of_the_reference_schemes() {
         assert_eq!(reference["text_tokens"], ids.len());
         let wanted = |scheme: &str| reference["perplexity"][scheme].as_f64().unwrap();
         let cases = [
-            ("f32", Precision::F32, "fp32", 1e-5),
-            ("f16", Precision::F16, "fp32", 1e-5),
-            ("int8", int8(Some(OUTLIER_THRESHOLD)), "llm.int8-bnb", 1e-3),
-            ("int8, threshold 0", int8(None), "vectorwise", 5e-3),
+            ("f32", Precision::F32, None, "fp32", 1e-5),
+            ("f32, keys and values in int8", Precision::F32, Some(CacheDtype::Int8), "fp32", 1e-4),
+            ("f16", Precision::F16, None, "fp32", 1e-5),
+            ("int8", int8(Some(OUTLIER_THRESHOLD)), None, "llm.int8-bnb", 1e-3),
+            ("int8, threshold 0", int8(None), None, "vectorwise", 5e-3),
         ];
-        for (label, precision, scheme, tolerance) in cases {
-            let found = perplexity(load_model(name, precision).model.as_ref(), &windows);
+        for (label, precision, cache_dtype, scheme, tolerance) in cases {
+            let found = perplexity(load_model(name, precision).model.as_ref(), &windows, cache_dtype);
             let (wanted, f32) = (wanted(scheme), wanted("fp32"));
             println!(
-                "{name} {label}: {found:.4} ({scheme} {wanted:.4}; {:+.2} % from f32)",
+                "{name} {label}: {found:.4} ({scheme} {wanted:.4}; {:+.3} % from f32)",
                 (found / f32 - 1.0) * 100.0
             );
             assert!((found / wanted - 1.0).abs() <= tolerance, "{name} {label}: {found}, {scheme} {wanted}");
@@ -150,7 +151,7 @@ fn perplexity_at_int8_is_that_of_the_reference_schemes() {
         }
         // No reference scheme quantises the head.
         let head = Precision::Int8(Int8Options { head: true, ..Int8Options::default() });
-        let (found, f32) = (perplexity(load_model(name, head).model.as_ref(), &windows), wanted("fp32"));
+        let (found, f32) = (perplexity(load_model(name, head).model.as_ref(), &windows, None), wanted("fp32"));
         println!("{name} int8 with int8 head: {found:.4} ({:+.2} % from f32)", (found / f32 - 1.0) * 100.0);
         assert!((found / f32 - 1.0).abs() <= 1e-2, "{name} with int8 head: {found}, f32 {f32}");
     }

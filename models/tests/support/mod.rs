@@ -90,11 +90,13 @@ pub fn rms_error(found: &Tensor, wanted: &Tensor) -> f32 {
 }
 
 /// Perplexity by the protocol of perplexity.json: each window of tokens is run alone; exp of the mean
-/// negative log-likelihood of all tokens but each window's first.
-pub fn perplexity(model: &dyn CausalLm, windows: &[Vec<u32>]) -> f64 {
+/// negative log-likelihood of all tokens but each window's first. Keys and values are in `cache_dtype`, or in what
+/// is the fastest.
+pub fn perplexity(model: &dyn CausalLm, windows: &[Vec<u32>], cache_dtype: Option<CacheDtype>) -> f64 {
     let (mut sum, mut count) = (0f64, 0usize);
     for window in windows {
-        let logits = logits(model, &window[..window.len() - 1]);
+        let cache = KvCache::with_dtype(model.num_layers(), cache_dtype);
+        let logits = logits_with(model, &window[..window.len() - 1], cache);
         let log_probs = candle_nn::ops::log_softmax(&logits, 1).unwrap();
         let next = Tensor::new(&window[1..], &Device::Cpu).unwrap().unsqueeze(1).unwrap();
         let chosen = log_probs.gather(&next, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -96,7 +96,8 @@ impl Session<'_> {
 
     /// Calls `each` with the logits of every position of the prompt, (vocabulary).
     fn logits(&self, model: &dyn CausalLm, each: impl FnMut(&[f32]) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        score(model, self.prompt_ids, interrupt::is_requested, each)?;
+        let cache_dtype = model::cache_dtype(self.args.cache, model.device())?;
+        score(model, self.prompt_ids, Some(cache_dtype), interrupt::is_requested, each)?;
         check_interrupt()
     }
 

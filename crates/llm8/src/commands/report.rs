@@ -1,6 +1,6 @@
 //! One run of a model in figures: ids, text, times, bytes.
 
-use int8_models::{FinishReason, Generation, Loaded, Precision};
+use int8_models::{CacheDtype, FinishReason, Generation, Loaded, Precision};
 use int8_ops::device;
 use serde::Serialize;
 
@@ -11,6 +11,8 @@ use crate::output;
 pub struct Report {
     pub model: String,
     pub precision: &'static str,
+    /// What keys and values were cached in; null when interrupted before the first.
+    pub cache_dtype: Option<&'static str>,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// What a CUDA device calls itself; null for the CPU.
@@ -59,6 +61,7 @@ impl Report {
         Self {
             model: model.to_string(),
             precision: precision.name(),
+            cache_dtype: generation.cache_dtype().map(CacheDtype::name),
             device: device::label(device),
             device_name: device::name(device),
             prompt_ids: prompt_ids.to_vec(),
