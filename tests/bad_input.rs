@@ -517,8 +517,8 @@ fn a_model_that_is_too_large_for_the_memory() {
         llm8(&args).output().unwrap()
     };
     config(1_000_000);
-    let parts =
-        ["/beyond-memory: int8 needs ", " TB of memory, but ", " is free", "hint: int8 with an int8 head", "--force"];
+    let least = "hint: int8 with an int8 head and a cache in int8, which is the least, needs ";
+    let parts = ["/beyond-memory: int8 needs ", " TB of memory, but ", " is free", least, "--force"];
     check_failure(&generate(&[]), 1, &parts);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);
@@ -536,6 +536,11 @@ fn a_model_that_is_too_large_for_the_memory() {
         1,
         &["f16 needs ", "hint: generate --precision int8 --cache-dtype f32 needs ", "which would fit"],
     );
+    // A block takes 201 MB, and its cache 134, 67 or 34 MB.
+    config(available / 247_000_000);
+    let parts = ["hint: generate --precision int8 --int8-head --cache-dtype int8 needs ", "which would fit"];
+    check_failure(&generate(&[]), 1, &parts);
+    config(available / 425_000_000);
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);
     check_failure(&generate(&["--precision", "f16", "--force"]), 1, &["model.safetensors: no such file"]);

@@ -112,7 +112,7 @@ fn text_goes_to_stdout_and_everything_else_to_stderr() {
 #[test]
 fn json_has_the_documented_keys() {
     let report = json_of(&["generate", "Debian", "-n", "3", "--json"]);
-    for key in ["model", "precision", "prompt_ids", "ids", "text", "finish_reason"] {
+    for key in ["model", "precision", "cache_dtype", "device", "prompt_ids", "ids", "text", "finish_reason"] {
         assert!(!report[key].is_null(), "{key}");
     }
     let timings = ["load", "prompt", "generation"].map(|part| format!("{part}_seconds"));

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 const POSITIONS: usize = 16;
 
 /// Calls `each` with the logits (vocabulary) at every position of `ids`, in order: those of the token
-/// that follows it. Keys and values are in `cache_dtype`, or in what is the fastest on the model's device.
+/// that follows it. Keys and values are in `cache_dtype`, or in what is best on the model's device.
 /// `is_interrupted` is asked now and then, and ends it early.
 ///
 /// Errors when there are no ids, and what `each` returns.

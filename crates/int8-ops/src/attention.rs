@@ -87,7 +87,8 @@ impl CustomOp3 for Attention {
                 let (keys, values) = (&keys[from_key..], &values[from_value..]);
                 match self.dtype {
                     CacheDtype::Int8 => self.attend(&queries, IntegerCache::<i8>::new(keys, values, len)),
-                    _ => self.attend(&queries, IntegerCache::<i16>::new(keys, values, len)),
+                    CacheDtype::Int16 => self.attend(&queries, IntegerCache::<i16>::new(keys, values, len)),
+                    float => bail!("attention: found a cache of integers for one in {}", float.name()),
                 }
             }
             (CpuStorage::F16(keys), CpuStorage::F16(values)) => self

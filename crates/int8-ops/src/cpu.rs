@@ -72,8 +72,8 @@ pub struct Kernels {
     /// blocks are to be multiplied by.
     pub softmax_block:
         fn(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32,
-    /// The codes (as many as x) of a key, query or value, and what turns them back into floats. Values are cut
-    /// off at ±2^24.
+    /// The codes (as many as x) of a key, query or value, within their bound, which may be that of 8 bits; and what
+    /// turns them back into floats. Values are cut off at ±2^24.
     pub int16_codes: fn(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32,
     /// The codes of weights from integer sums; see [`SoftmaxCodes`].
     pub softmax_codes: SoftmaxCodes,

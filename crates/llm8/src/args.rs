@@ -172,8 +172,8 @@ pub enum BaselineName {
 /// What keys and values can be cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CacheDtypeName {
-    /// 8-bit integers with a scale for each head's key and value, on a CPU: half the memory of f16, the fastest after
-    /// long contexts, and less exact.
+    /// 8-bit integers with a scale for each head's key and value, on a CPU: about half the memory and reading of f16,
+    /// and less exact.
     Int8,
     /// 16-bit integers with a scale for each head's key and value, on a CPU: faster than f16.
     Int16,

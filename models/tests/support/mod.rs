@@ -91,7 +91,7 @@ pub fn rms_error(found: &Tensor, wanted: &Tensor) -> f32 {
 
 /// Perplexity by the protocol of perplexity.json: each window of tokens is run alone; exp of the mean
 /// negative log-likelihood of all tokens but each window's first. Keys and values are in `cache_dtype`, or in what
-/// is the fastest.
+/// is best.
 pub fn perplexity(model: &dyn CausalLm, windows: &[Vec<u32>], cache_dtype: Option<CacheDtype>) -> f64 {
     let (mut sum, mut count) = (0f64, 0usize);
     for window in windows {

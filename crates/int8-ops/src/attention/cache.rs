@@ -11,8 +11,8 @@ use crate::cuda;
 /// What keys and values are cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheDtype {
-    /// 8-bit integers with a scale for each head's key and value, on the CPU alone: half the bytes to read for each
-    /// token, and less exact than f16.
+    /// 8-bit integers with a scale for each head's key and value, on the CPU alone: about half the bytes of 16 bits,
+    /// and less exact.
     Int8,
     /// 16-bit integers with a scale for each head's key and value, on the CPU alone: as exact as f16 where the
     /// features of a head are of like size, and faster.
@@ -24,7 +24,7 @@ pub enum CacheDtype {
 }
 
 impl CacheDtype {
-    /// The one to take on a device: its fastest.
+    /// The one to take on a device: the fastest of those that lose nothing.
     pub fn of(device: &Device) -> Self {
         if device.is_cpu() { Self::Int16 } else { Self::F16 }
     }
@@ -204,10 +204,11 @@ impl InplaceOp2 for Write {
         match cache {
             CpuStorage::F32(cache) => self.write_floats(&mut cache[start..], cache_layout, new, layout),
             CpuStorage::F16(cache) => self.write_floats::<f16>(&mut cache[start..], cache_layout, new, layout),
-            CpuStorage::U32(cache) if self.dtype == CacheDtype::Int8 => {
-                self.write_codes::<i8>(&mut cache[start..], cache_layout, new, layout)
-            }
-            CpuStorage::U32(cache) => self.write_codes::<i16>(&mut cache[start..], cache_layout, new, layout),
+            CpuStorage::U32(cache) => match self.dtype {
+                CacheDtype::Int8 => self.write_codes::<i8>(&mut cache[start..], cache_layout, new, layout),
+                CacheDtype::Int16 => self.write_codes::<i16>(&mut cache[start..], cache_layout, new, layout),
+                float => bail!("found a cache of integers for one in {}", float.name()),
+            },
             _ => bail!("a cache must be of integers, F16 or F32"),
         }
     }

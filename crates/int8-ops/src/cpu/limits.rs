@@ -7,9 +7,7 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-#[cfg(target_arch = "x86_64")]
-use super::tiles;
-use super::{Kernels, team};
+use super::{Kernels, team, tiles};
 
 /// Steps of every chain of products in a run: some milliseconds.
 const DOT_STEPS: usize = 2_000_000;
@@ -60,14 +58,12 @@ fn sum_portable(bytes: &[u8]) -> u64 {
     /// Sums side by side: four of the widest vectors.
     const LANES: usize = 32;
     /// How far ahead they are asked for, in numbers: what has been the fastest.
-    #[cfg(target_arch = "x86_64")]
     const AHEAD: usize = 512;
     let (numbers, _) = bytes.as_chunks::<8>();
     let (blocks, rest) = numbers.as_chunks::<LANES>();
     let mut sums = [0u64; LANES];
     for block in blocks {
         // A block is four cache lines, which are asked for one by one.
-        #[cfg(target_arch = "x86_64")]
         block.chunks(8).for_each(|line| tiles::prefetch(line.as_ptr().wrapping_add(AHEAD)));
         sums.iter_mut().zip(block).for_each(|(sum, number)| *sum = sum.wrapping_add(u64::from_ne_bytes(*number)));
     }

@@ -181,7 +181,8 @@ pub fn check_memory(
         ("--precision int8", int8(false)),
         ("--precision int8 --int8-head", int8(true)),
     ];
-    let least = with_cache(&int8(true), CacheDtype::F16);
+    let least_dtype = if device.is_cpu() { CacheDtype::Int8 } else { CacheDtype::F16 };
+    let least = with_cache(&int8(true), least_dtype);
     let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
     let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= free);
     let hint = match smaller {
@@ -191,8 +192,15 @@ pub fn check_memory(
             format!("generate {flags}{flag} needs {}, which would fit", output::precise_bytes(needs(precision)))
         }
         None => {
-            let least = output::precise_bytes(least);
-            format!("int8 with an int8 head and a cache in f16, which is the least, needs {least}")
+            let (dtype, bytes) = (least_dtype.name(), output::precise_bytes(least));
+            match least <= free {
+                true => format!(
+                    "generate --precision int8 --int8-head --cache-dtype {dtype} needs {bytes}, which would fit"
+                ),
+                false => {
+                    format!("int8 with an int8 head and a cache in {dtype}, which is the least, needs {bytes}")
+                }
+            }
         }
     };
     let is_roomier = !device.is_cpu() && device::free_memory(&Device::Cpu).is_some_and(|free| needed <= free);

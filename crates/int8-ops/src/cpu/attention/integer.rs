@@ -257,9 +257,9 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
-            // The block before comes next, and after the first one the last of the next head.
-            let next = if block > 0 { -1 } else { (self.blocks + last / KEYS_PER_BLOCK) as isize };
-            let ahead = |record: usize| next * (record * size_of::<u32>() / size_of::<[C; 2]>()) as isize;
+            // The block before comes next, and after the first one, where there is one token, the last of the next head.
+            let step = if block > 0 { -1 } else { (self.blocks + last / KEYS_PER_BLOCK) as isize };
+            let ahead = |record: usize| step * (record * size_of::<u32>() / size_of::<[C; 2]>()) as isize;
             let (key_record, value_record) = (key_record::<C>(head.head_dim), value_record::<C>(head.head_dim));
             let (key_scales, keys) = parts::<C>(&self.keys[index * key_record..][..key_record]);
             // NaN comes out as itself, and is never skipped.
@@ -278,7 +278,7 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
-            let next = index.wrapping_add_signed(next);
+            let next = index.wrapping_add_signed(step);
             prefetch_scales(self.keys, next * key_record);
             prefetch_scales(self.values, next * value_record);
             let lanes = most_seen.next_multiple_of(LANES);

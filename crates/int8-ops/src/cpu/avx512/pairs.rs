@@ -6,13 +6,13 @@ use crate::cpu::Pair;
 use crate::cpu::tiles::prefetch;
 
 /// A code of which 16 pairs are loaded, and widened where they are narrow, at a time.
-pub(super) trait Widen: Copy {
+pub(super) trait WidenPairs: Copy {
     /// # Safety
     /// 16 pairs must be readable.
     unsafe fn load(pairs: *const [Self; 2]) -> __m512i;
 }
 
-impl Widen for i16 {
+impl WidenPairs for i16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn load(pairs: *const Pair) -> __m512i {
@@ -21,7 +21,7 @@ impl Widen for i16 {
     }
 }
 
-impl Widen for i8 {
+impl WidenPairs for i8 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn load(pairs: *const [i8; 2]) -> __m512i {
@@ -32,7 +32,7 @@ impl Widen for i8 {
 
 /// [`PairSums`](crate::cpu::PairSums).
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn pair_sums<C: Widen>(
+pub(super) fn pair_sums<C: WidenPairs>(
     a: &[Pair],
     depth: usize,
     b: &[[C; 2]],
@@ -71,7 +71,7 @@ pub(super) fn pair_sums<C: Widen>(
 
 /// R rows by V vectors of 16 lanes; gives the number of lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<C: Widen, const R: usize, const V: usize>(
+fn tile<C: WidenPairs, const R: usize, const V: usize>(
     a: &[Pair],
     stride: usize,
     depth: usize,

@@ -1,5 +1,5 @@
-//! The int8 product for few tokens: rows of the weight as they lie in memory, read once for up to 8 tokens. With
-//! one token they come one after the other; several share the loads of two or one row.
+//! The int8 product for few tokens: rows of the weight as they lie in memory, read once. With one token they come
+//! one after the other; several, up to 8 at a time, share the loads of four or two rows.
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -118,14 +118,14 @@ fn row(codes: &[i8], weight: &[i8]) -> __m512i {
     const SUMS: usize = 4;
     /// How far ahead of its use the weight is asked for, in bytes: with one row at a time that is soon enough, and
     /// what is asked for beyond a thread's rows is for nothing.
-    const AHEAD: usize = 3072;
+    const ROW_AHEAD: usize = 3072;
     let cols = weight.len();
     assert!(codes.len() >= cols);
     let flip = _mm512_set1_epi8(i8::MIN);
     let mut acc = [_mm512_setzero_si512(); SUMS];
     let (unrolled, whole) = (cols / (64 * SUMS) * (64 * SUMS), cols / 64 * 64);
     let mut add = |u: usize, col: usize| {
-        prefetch(weight.as_ptr().wrapping_add(col + AHEAD));
+        prefetch(weight.as_ptr().wrapping_add(col + ROW_AHEAD));
         // SAFETY: 64 columns of the row lie in the slices (asserted above).
         let load = |values: &[i8]| unsafe { _mm512_loadu_epi8(values.as_ptr().add(col)) };
         acc[u] = _mm512_dpbusd_epi32(acc[u], _mm512_xor_si512(load(weight), flip), load(codes));
@@ -220,7 +220,8 @@ fn add_rows<const T: usize, const R: usize>(
     let left = weight.len() - (R - 1) * cols;
     let count = lines.len() / T;
     let whole = (left / 64).min(count);
-    // The same rows' next vectors, or those after so many rows.
+    // The same rows' next vectors after those of the tile's other rows, or the first of the next tile; where all
+    // vectors of a row are one block, what lies some way on.
     let ahead = match (place.col, place.is_last) {
         (0, true) => AHEAD,
         (col, true) => TILE_ROWS * cols - col,
