@@ -141,10 +141,11 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
     Ok(())
 }
 
-/// The mean magnitude of differences.
-fn distance(found: &[f32], wanted: &[f64]) -> f64 {
+/// The mean of the differences' magnitudes, each in deviations of its own: where a few outputs have much larger ones than
+/// the rest, they alone would decide otherwise, and they are too few for a mean.
+fn distance(found: &[f32], wanted: &[f64], deviations: &[f64]) -> f64 {
     let differences = found.iter().zip(wanted).map(|(&found, wanted)| (f64::from(found) - wanted).abs());
-    differences.sum::<f64>() / found.len() as f64
+    differences.zip(deviations).map(|(difference, deviation)| difference / deviation).sum::<f64>() / found.len() as f64
 }
 
 #[test]
@@ -204,14 +205,14 @@ fn attention_over_a_cache_in_integers_is_as_exact_as_their_rounding_and_the_same
             cache.write(0, &keys, &values)?;
             attention_with(kernels, &queries, &cache, past, Some(&[slope; HEADS]))?.flatten_all()?.to_vec1()
         };
-        let in_f16 = distance(&attended(CacheDtype::F16, Kernels::active())?, &wanted);
+        let in_f16 = distance(&attended(CacheDtype::F16, Kernels::active())?, &wanted, &by_rounding);
         let found = attended(CacheDtype::Int16, Kernels::active())?;
-        let in_int16 = distance(&found, &wanted);
+        let in_int16 = distance(&found, &wanted, &by_rounding);
         assert!(in_int16 < in_f16, "{in_int16} for {in_f16}: {tokens} after {past}, head_dim {head_dim}");
         let found_in_int8 = attended(CacheDtype::Int8, Kernels::active())?;
-        let (in_int8, most) =
-            (distance(&found_in_int8, &wanted), by_rounding.iter().sum::<f64>() / wanted.len() as f64);
-        assert!(in_int8 < most, "{in_int8} for {most}: {tokens} after {past}, head_dim {head_dim}");
+        // Normal errors are 0.8 deviations on average, here with 0.03 from run to run where outputs are fewest.
+        let in_int8 = distance(&found_in_int8, &wanted, &by_rounding);
+        assert!(in_int8 < 1.0, "{in_int8} deviations: {tokens} after {past}, head_dim {head_dim}");
         for kernels in Kernels::available() {
             assert_eq!(attended(CacheDtype::Int16, kernels)?, found, "{}", kernels.name);
             assert_eq!(attended(CacheDtype::Int8, kernels)?, found_in_int8, "{}", kernels.name);
