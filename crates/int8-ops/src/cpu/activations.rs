@@ -163,6 +163,9 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
             *columns = flagged(&flags);
         }
     });
+    if parts_per_sequence == 1 {
+        return columns;
+    }
     let merge = |parts: &[Vec<u32>]| {
         let mut flags = vec![0u8; cols];
         parts.iter().flatten().for_each(|&column| flags[column as usize] = 1);

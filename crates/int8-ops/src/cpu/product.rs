@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::tiles::MANY_TOKENS;
+use super::tiles::{MANY_TOKENS, prefetch};
 use super::{Activations, FloatDots, Kernels, Values, team};
 
 /// The columns of a result (tokens, width) in f32 that one weight fills, each of them.
@@ -83,6 +83,8 @@ pub(crate) fn int8_product(
             outlier_weights.resize(columns * blocks.rows, 0.0);
             for (first, len) in pieces(rows.len(), blocks.rows) {
                 let block = rows.start + first..rows.start + first + len;
+                // They come from memory while the products are made.
+                weight_scales[block.clone()].chunks(16).for_each(|scales| prefetch(scales.as_ptr()));
                 let weight = &weight[block.start * cols..block.end * cols];
                 let sums = &mut sums[..part.tokens * len];
                 (kernels.int8_dots)(codes, code_sums, weight, cols, sums);

@@ -6,10 +6,8 @@ use std::cell::Cell;
 
 use super::super::tiles::{AHEAD, prefetch};
 
-/// Weight rows whose sums are gathered across a register together.
-const ROWS: usize = 4;
-
-/// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
+/// Weight rows whose sums leave registers together, and that a block of several tokens' codes serves while it is in
+/// the nearest cache.
 const TILE_ROWS: usize = 16;
 
 /// The most tokens that are worked on together.
@@ -42,13 +40,12 @@ thread_local! {
 pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
     let (tokens, rows) = (code_sums.len(), weight.len() / cols);
     if tokens == 1 {
-        for (block, weight) in weight.chunks(ROWS * cols).enumerate() {
-            let mut row_sums = [_mm512_setzero_si512(); ROWS];
+        for (weight, sums) in weight.chunks(TILE_ROWS * cols).zip(sums.chunks_mut(TILE_ROWS)) {
+            let mut row_sums = [_mm512_setzero_si512(); TILE_ROWS];
             for (sum, weight) in row_sums.iter_mut().zip(weight.chunks_exact(cols)) {
                 *sum = row(codes, weight);
             }
-            let count = weight.len() / cols;
-            store(add_lanes(row_sums), &mut sums[block * ROWS..][..count]);
+            sums.copy_from_slice(&add_lanes(row_sums)[..sums.len()]);
         }
     } else {
         let Room { mut lines, mut row_sums } = ROOM.take();
@@ -115,34 +112,29 @@ fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn row(codes: &[i8], weight: &[i8]) -> __m512i {
     /// Sums side by side, which hide the latency of an addition.
-    const SUMS: usize = 4;
+    const SUMS: usize = 2;
     /// How far ahead of its use the weight is asked for, in bytes: with one row at a time that is soon enough, and
     /// what is asked for beyond a thread's rows is for nothing.
     const ROW_AHEAD: usize = 3072;
-    let cols = weight.len();
-    assert!(codes.len() >= cols);
+    assert_eq!(codes.len(), weight.len());
     let flip = _mm512_set1_epi8(i8::MIN);
     let mut acc = [_mm512_setzero_si512(); SUMS];
-    let (unrolled, whole) = (cols / (64 * SUMS) * (64 * SUMS), cols / 64 * 64);
-    let mut add = |u: usize, col: usize| {
-        prefetch(weight.as_ptr().wrapping_add(col + ROW_AHEAD));
-        // SAFETY: 64 columns of the row lie in the slices (asserted above).
-        let load = |values: &[i8]| unsafe { _mm512_loadu_epi8(values.as_ptr().add(col)) };
-        acc[u] = _mm512_dpbusd_epi32(acc[u], _mm512_xor_si512(load(weight), flip), load(codes));
-    };
-    for col in (0..unrolled).step_by(64 * SUMS) {
-        for u in 0..SUMS {
-            add(u, col + 64 * u);
+    let (weights, weight) = weight.as_chunks::<{ 64 * SUMS }>();
+    let (lines, codes) = codes.as_chunks::<{ 64 * SUMS }>();
+    for (weight, codes) in weights.iter().zip(lines) {
+        for (u, acc) in acc.iter_mut().enumerate() {
+            let weight = weight[64 * u..].as_ptr();
+            prefetch(weight.wrapping_add(ROW_AHEAD));
+            // SAFETY: both are slices of 64 * SUMS bytes.
+            let (weight, codes) = unsafe { (_mm512_loadu_epi8(weight), _mm512_loadu_epi8(codes[64 * u..].as_ptr())) };
+            *acc = _mm512_dpbusd_epi32(*acc, _mm512_xor_si512(weight, flip), codes);
         }
     }
-    for col in (unrolled..whole).step_by(64) {
-        add(0, col);
-    }
-    if whole < cols {
-        let mask = (1 << (cols - whole)) - 1;
-        // SAFETY: as above, and the mask keeps to the row. Where it is off a code is zero, so that a flipped
-        // weight counts for nothing there.
-        let load = |values: &[i8]| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr().add(whole)) };
+    for (weight, codes) in weight.chunks(64).zip(codes.chunks(64)) {
+        let mask = u64::MAX >> (64 - weight.len());
+        // SAFETY: the mask keeps to what there is in both. Where it is off a code is zero, so that a flipped weight counts for
+        // nothing there.
+        let load = |values: &[i8]| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr()) };
         acc[0] = _mm512_dpbusd_epi32(acc[0], _mm512_xor_si512(load(weight), flip), load(codes));
     }
     acc.into_iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc))
@@ -260,7 +252,7 @@ fn add_rows<const T: usize, const R: usize>(
     if place.is_last {
         let mut all = [_mm512_setzero_si512(); 16];
         all[..T * R].copy_from_slice(acc.as_flattened());
-        let all = add_lanes_of_16(all);
+        let all = add_lanes(all);
         for (sums, all) in sums.chunks_mut(place.stride).zip(all.chunks(R).take(T)) {
             sums[..R].copy_from_slice(all);
         }
@@ -270,34 +262,10 @@ fn add_rows<const T: usize, const R: usize>(
     R
 }
 
-/// Writes the first sums, as many as there is room for.
-#[inline(always)]
-fn store(sums: [i32; ROWS], out: &mut [i32]) {
-    match out.first_chunk_mut() {
-        Some(out) => *out = sums,
-        None => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum),
-    }
-}
-
-/// The sums over the 16 lanes of each of four vectors.
-#[target_feature(enable = "avx512f")]
-fn add_lanes([a, b, c, d]: [__m512i; ROWS]) -> [i32; ROWS] {
-    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    // Every quarter holds a sum of four lanes of a, b, c and d.
-    let quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    let halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64::<1>(quarters));
-    let sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
-    let mut out = [0; ROWS];
-    // SAFETY: four sums of 32 bits fit.
-    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
-    out
-}
-
 /// The sums over the 16 lanes of each of 16 vectors.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_lanes_of_16(vectors: [__m512i; 16]) -> [i32; 16] {
+fn add_lanes(vectors: [__m512i; 16]) -> [i32; 16] {
     let pairs: [__m512i; 8] = std::array::from_fn(|i| {
         let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
         _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
