@@ -25,9 +25,9 @@ use args::{Args, Command};
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// How long freed memory is kept, in milliseconds: longer than a block of a long prompt takes, whose outputs would
-/// else be cleared by the system again and again.
-const PURGE_DELAY: c_long = 10_000;
+/// How often freed memory is given back, in milliseconds. All that is free goes then, also what the next layer of a
+/// prompt needs, which the system has to clear first: rarely enough not to count beside a long prompt.
+const PURGE_DELAY: c_long = 60_000;
 
 fn main() -> ExitCode {
     /// Its number in mimalloc.h; the crate does not name it.
