@@ -11,6 +11,8 @@ pub struct KvCache {
     dtype: Option<CacheDtype>,
     /// Tokens that every layer holds.
     len: usize,
+    /// Tokens that room is taken for at once.
+    room: usize,
 }
 
 /// Tokens that a cache has room for at first.
@@ -25,7 +27,13 @@ impl KvCache {
 
     /// The same in a dtype of choice.
     pub fn with_dtype(num_layers: usize, dtype: impl Into<Option<CacheDtype>>) -> Self {
-        Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0 }
+        Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0, room: 0 }
+    }
+
+    /// Takes room for so many tokens with the first: what is known beforehand is not copied when it grows, and no more
+    /// is taken.
+    pub fn with_room(self, tokens: usize) -> Self {
+        Self { room: tokens, ..self }
     }
 
     /// The number of layers that it is for.
@@ -72,7 +80,8 @@ impl KvCache {
     /// Appends keys and values (batch, heads, tokens, head_dim) of one layer, and gives what it holds and
     /// the number of tokens before these.
     ///
-    /// Room doubles when it is full, so a token's share of the copying does not grow with the context.
+    /// Room beyond what was asked for doubles when it is full, so a token's share of the copying does not grow with the
+    /// context.
     fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(&AttentionCache, usize)> {
         // A pass that failed half-way has not moved `len`: what it left is written over.
         let (past, len) = (self.len, self.len + keys.dim(2)?);
@@ -80,7 +89,7 @@ impl KvCache {
         let Some(layer) = self.layers.get_mut(index) else {
             bail!("the cache is for {num_layers} layers, but the model has more")
         };
-        let capacity = len.next_multiple_of(FIRST_CAPACITY).max(2 * past);
+        let capacity = if len <= self.room { self.room } else { len.max(2 * past) }.next_multiple_of(FIRST_CAPACITY);
         let held = match layer.take() {
             Some(held) if held.capacity() >= len => held,
             Some(held) if past > 0 => held.grown(past, capacity)?,
@@ -202,6 +211,19 @@ mod tests {
             attend(&queries, &keys, &values_, None, cache.layer(0))?;
             // Keys of 8 features, and values padded to 16.
             assert_eq!(cache.bytes(), 2 * 3 * 128 * ((8 + 16) * bytes + 2 * scale));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn room_is_taken_at_once_and_grows_beyond_what_was_asked_for() -> Result<()> {
+        let [mut cache, mut grown] = [KvCache::new(1).with_room(250), KvCache::new(1)];
+        for (tokens, bytes_of) in [(3, 256), (130, 256), (117, 256), (1, 256), (5, 256), (1, 512), (300, 576)] {
+            let [queries, keys, values_] = random(tokens)?;
+            let found = attend(&queries, &keys, &values_, None, cache.layer(0))?;
+            let wanted = attend(&queries, &keys, &values_, None, grown.layer(0))?;
+            assert_eq!(values(&found)?, values(&wanted)?);
+            assert_eq!(cache.bytes(), 2 * 3 * bytes_of * ((8 + 16) * 2 + 2 * 4), "after {}", cache.len());
         }
         Ok(())
     }

@@ -116,6 +116,9 @@ pub struct Generation<'a> {
 /// Below this a temperature would only overflow: the likeliest token is taken.
 const MIN_TEMPERATURE: f64 = 1e-5;
 
+/// New tokens that the cache takes room for beforehand: more may never come.
+const MOST_ROOM: usize = 2048;
+
 /// Starts generating after `prompt`; the prompt is run when the first token is asked for.
 ///
 /// Errors when the prompt is empty, holds an id outside the vocabulary, or has more tokens than the
@@ -139,11 +142,14 @@ pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateO
         (temperature, Some(p)) => Sampling::TopP { p, temperature },
         (temperature, None) => Sampling::All { temperature },
     };
+    // The last token is not run any more.
+    let room = prompt.len() + options.max_new_tokens.saturating_sub(1).min(MOST_ROOM);
+    let room = model.max_positions().map_or(room, |positions| room.min(positions));
     Ok(Generation {
         model,
         options: options.clone(),
         processor: LogitsProcessor::from_sampling(options.seed, sampling),
-        cache: KvCache::with_dtype(model.num_layers(), options.cache_dtype),
+        cache: KvCache::with_dtype(model.num_layers(), options.cache_dtype).with_room(room),
         ids: prompt.to_vec(),
         prompt_len: prompt.len(),
         finish_reason: None,
