@@ -527,14 +527,14 @@ fn a_model_that_is_too_large_for_the_memory() {
     check_failure(
         &generate(&["--precision", "f16"]),
         1,
-        &["f16 needs ", "hint: generate --precision int8 needs ", "which would fit"],
+        &["f16 needs ", "hint: --precision int8 needs ", "which would fit"],
     );
-    // The same with a cache of 134 MB a block, which the hint keeps.
+    // The same with a cache of 134 MB a block for 2,048 tokens, which the hint keeps.
     config(available / 425_000_000);
     check_failure(
-        &generate(&["--precision", "f16", "--cache-dtype", "f32"]),
+        &generate(&["--precision", "f16", "--cache-dtype", "f32", "-n", "2047"]),
         1,
-        &["f16 needs ", "hint: generate --precision int8 --cache-dtype f32 needs ", "which would fit"],
+        &["f16 needs ", "hint: --precision int8 --cache-dtype f32 needs ", "which would fit"],
     );
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);
@@ -542,6 +542,12 @@ fn a_model_that_is_too_large_for_the_memory() {
     // After 200,000 tokens a block has 3.3 GB of them in 16 bits, half of that in 8, and 0.2 GB of weights.
     config(available / 2_600_000_000);
     let bench = ["bench", "-q", "--dummy-weights", "--prompt-len=0", "--gen-len=1", "--context=200000", "-m"];
-    let parts = ["hint: generate --precision int8 --int8-head --cache-dtype int8 needs ", "which would fit"];
+    let parts = ["hint: --precision int8 --cache-dtype int8 needs ", "which would fit"];
     check_failure(&llm8(&[&bench[..], &[folder.to_str().unwrap()]].concat()).output().unwrap(), 1, &parts);
+    // As many tokens as are asked for count.
+    check_failure(
+        &generate(&["-n", "200000"]),
+        1,
+        &["int8 needs ", "hint: --precision int8 --cache-dtype int8 needs "],
+    );
 }

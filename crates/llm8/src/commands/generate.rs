@@ -17,14 +17,17 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let prompt = Prompt::read(&args.prompt)?;
     model::set_up(&args.machine)?;
     let device = device::open(args.device, &args.output)?;
-    let check = |folder: &ModelFolder| {
+    let check = |folder: &ModelFolder, prompt_len: usize| {
         let precision = model::precision(&args.precision, folder)?;
-        model::check_memory(model::CONTEXT, args.cache, folder, &[precision], &args.machine.processor, &device)
+        let tokens = prompt_len.saturating_add(args.sampling.max_new_tokens);
+        model::check_memory(tokens, args.cache, folder, &[precision], &args.machine.processor, &device)
     };
-    let folder = model::folder(&args.model, &args.output, check)?;
+    // Before anything is downloaded; the prompt's tokens are known after the tokenizer's file is.
+    let folder = model::folder(&args.model, &args.output, |folder| check(folder, 1))?;
     let precision = model::precision(&args.precision, &folder)?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
+    check(&folder, prompt_ids.len())?;
     let loaded = model::load_with_progress(&folder, precision.clone(), &device, &args.output)?;
     interrupt::listen(args.output.quiet);
 

@@ -176,31 +176,30 @@ pub fn check_memory(
         return Ok(());
     };
     let int8 = |head| Precision::Int8(Int8Options { head, ..Int8Options::default() });
-    let smaller = [
-        ("--precision f16", Precision::F16),
-        ("--precision int8", int8(false)),
-        ("--precision int8 --int8-head", int8(true)),
-    ];
     let least_dtype = if device.is_cpu() { CacheDtype::Int8 } else { CacheDtype::F16 };
-    let least = with_cache(&int8(true), least_dtype);
+    // From what loses least to what takes least.
+    let smaller = [
+        ("--precision f16", Precision::F16, dtype),
+        ("--precision int8", int8(false), dtype),
+        ("--precision int8", int8(false), least_dtype),
+        ("--precision int8 --int8-head", int8(true), dtype),
+        ("--precision int8 --int8-head", int8(true), least_dtype),
+    ];
+    let smaller = smaller.iter().map(|(flags, precision, dtype)| (flags, dtype, with_cache(precision, *dtype)));
     let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
-    let smaller = smaller.iter().find(|(_, precision)| needs(precision) <= free);
-    let hint = match smaller {
+    let fits = smaller.clone().find(|(.., bytes)| *bytes <= free);
+    let least = smaller.map(|(.., bytes)| bytes).min().unwrap_or(needed);
+    let hint = match fits {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
-        Some((flags, precision)) => {
-            let flag = if cache.dtype.is_some() { format!(" --cache-dtype {}", dtype.name()) } else { String::new() };
-            format!("generate {flags}{flag} needs {}, which would fit", output::precise_bytes(needs(precision)))
+        Some((flags, held_in, bytes)) => {
+            let is_default = cache.dtype.is_none() && *held_in == dtype;
+            let flag = if is_default { String::new() } else { format!(" --cache-dtype {}", held_in.name()) };
+            format!("{flags}{flag} needs {}, which would fit", output::precise_bytes(bytes))
         }
+        None if needed <= least => "there is no smaller way to hold it".to_string(),
         None => {
             let (dtype, bytes) = (least_dtype.name(), output::precise_bytes(least));
-            match least <= free {
-                true => format!(
-                    "generate --precision int8 --int8-head --cache-dtype {dtype} needs {bytes}, which would fit"
-                ),
-                false => {
-                    format!("int8 with an int8 head and a cache in {dtype}, which is the least, needs {bytes}")
-                }
-            }
+            format!("int8 with an int8 head and a cache in {dtype}, which is the least, needs {bytes}")
         }
     };
     let is_roomier = !device.is_cpu() && device::free_memory(&Device::Cpu).is_some_and(|free| needed <= free);
