@@ -80,7 +80,7 @@ fn the_text_has_the_published_figures() {
     assert!(line("smaller than").contains("1.74x"));
     assert!(line("int8 + head").contains('█'), "{text}");
     line("L4 24 GB");
-    line("KV cache: ");
+    line("KV cache in int16: ");
     line("No weight files here");
     assert!(text.lines().all(|line| line.chars().count() <= 110 && line.trim_end() == line), "{text}");
     let larger = stdout(&succeeds(&["footprint", "-m", "bigscience/bloom"]));
@@ -145,6 +145,13 @@ fn the_cache_is_what_a_run_takes() {
     assert_eq!(report["context"]["tokens"], 64);
     assert_eq!(run["memory"]["kv_cache_bytes"], report["context"]["kv_cache_bytes"]);
     assert_eq!(run["memory"]["weight_bytes"], report["precisions"]["int8"]["total_bytes"]);
+    for dtype in ["int8", "int16", "f16", "f32"] {
+        let more = ["--json", "--cache-dtype", dtype, "-m", folder];
+        let run = json_of(&[&["generate", "--ignore-eos", "-n", "5", "--prompt-ids", &ids], &more[..]].concat());
+        let report = json_of(&[&["footprint", "--context", "64"], &more[..]].concat());
+        assert_eq!(report["cache_dtype"], dtype);
+        assert_eq!(run["memory"]["kv_cache_bytes"], report["context"]["kv_cache_bytes"], "{dtype}");
+    }
 }
 
 #[test]

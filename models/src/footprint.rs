@@ -77,11 +77,11 @@ impl Footprint {
         self.outline.context
     }
 
-    /// How many devices, with `memory` bytes each, hold the weights and the cache, in f16, of so many tokens:
+    /// How many devices, with `memory` bytes each, hold the weights and the cache of so many tokens in `dtype`:
     /// blocks are kept whole, with their part of the cache, and what is outside of them is on the first
     /// device. `None` where a part is too large for any of them.
-    pub fn devices(&self, precision: &Precision, tokens: usize, memory: u64) -> Option<u64> {
-        let cache = self.kv_cache(tokens, CacheDtype::F16) / self.outline.num_layers as u64;
+    pub fn devices(&self, precision: &Precision, tokens: usize, dtype: CacheDtype, memory: u64) -> Option<u64> {
+        let cache = self.kv_cache(tokens, dtype) / self.outline.num_layers as u64;
         let mut free = memory.checked_sub(self.outside(precision).total())?;
         let mut devices = 1;
         let first_block = self.block(0, precision).total();

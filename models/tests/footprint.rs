@@ -167,7 +167,7 @@ fn the_cache_takes_what_attention_keeps() {
 fn devices_hold_whole_blocks() {
     let footprint = published_footprint("facebook/opt-125m");
     let all = footprint.weights(&Precision::F16).total() + footprint.kv_cache(2048, CacheDtype::F16);
-    let devices = |memory| footprint.devices(&Precision::F16, 2048, memory);
+    let devices = |memory| footprint.devices(&Precision::F16, 2048, CacheDtype::F16, memory);
     assert_eq!(devices(all), Some(1));
     assert_eq!(devices(all - 1), Some(2));
     let block = (all - footprint.weights(&Precision::F16).of(Component::Embedding)) / 12;

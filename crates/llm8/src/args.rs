@@ -325,6 +325,9 @@ pub struct FootprintArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     pub context: Option<u32>,
 
+    #[command(flatten)]
+    pub cache: CacheArgs,
+
     /// Draw the bytes of each precision to this file, as an SVG picture.
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use int8_models::{Footprint, TensorHeaders};
+use int8_models::{Device, Footprint, TensorHeaders};
 
 use super::model;
 use crate::args::FootprintArgs;
@@ -26,7 +26,8 @@ pub fn run(args: FootprintArgs) -> anyhow::Result<ExitCode> {
     if let Some(headers) = &headers {
         footprint.check(headers)?;
     }
-    let report = Report::new(model::name(&args.model), &footprint, headers.as_ref(), args.context);
+    let dtype = model::cache_dtype(args.cache, &Device::Cpu)?;
+    let report = Report::new(model::name(&args.model), &footprint, headers.as_ref(), args.context, dtype);
     if let Some(file) = &args.svg {
         output::write_file(file, &picture::svg(&report)?)?;
     }

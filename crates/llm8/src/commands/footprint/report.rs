@@ -54,6 +54,8 @@ pub struct Report {
     pub precisions: ByPrecision<Weights>,
     /// 16 bits a parameter against int8.
     pub ratio_f16_int8: f64,
+    /// What the cache is counted in; GPUs hold it in f16 where this is of integers.
+    pub cache_dtype: &'static str,
     pub kv_cache_bytes_per_1000_tokens: u64,
     pub longest_context: Context,
     /// Whether the model cannot go beyond its longest context.
@@ -133,15 +135,22 @@ pub struct Disk {
 }
 
 impl Report {
-    /// With the cache of `context` tokens, or of as many as is usual.
-    pub fn new(model: String, footprint: &Footprint, headers: Option<&TensorHeaders>, context: Option<u32>) -> Self {
+    /// With the cache of `context` tokens, or of as many as is usual, in `dtype`.
+    pub fn new(
+        model: String,
+        footprint: &Footprint,
+        headers: Option<&TensorHeaders>,
+        context: Option<u32>,
+        dtype: CacheDtype,
+    ) -> Self {
         let longest = footprint.longest_context();
         let tokens = context.map_or(CONTEXT.min(longest.tokens()), |tokens| tokens as usize);
-        let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens, CacheDtype::Int16) };
+        let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens, dtype) };
         let context = cache(tokens);
         let needed = |precision: &Precision| footprint.weights(precision).total() + context.kv_cache_bytes + OVERHEAD;
+        let on_gpus = if dtype.is_integer() { CacheDtype::F16 } else { dtype };
         let on = |memory: u64| {
-            move |precision: &Precision| footprint.devices(precision, tokens, memory.checked_sub(OVERHEAD)?)
+            move |precision: &Precision| footprint.devices(precision, tokens, on_gpus, memory.checked_sub(OVERHEAD)?)
         };
         let int8_bytes = footprint.weights(&Precision::default()).total();
         Self {
@@ -150,7 +159,8 @@ impl Report {
             parameters: footprint.parameters(),
             precisions: ByPrecision::each(|precision| footprint.weights(precision).into()),
             ratio_f16_int8: footprint.bytes_at_16_bits() as f64 / int8_bytes as f64,
-            kv_cache_bytes_per_1000_tokens: footprint.kv_cache(1000, CacheDtype::Int16),
+            cache_dtype: dtype.name(),
+            kv_cache_bytes_per_1000_tokens: footprint.kv_cache(1000, dtype),
             longest_context: cache(longest.tokens()),
             longest_context_is_a_limit: matches!(longest, LongestContext::Positions(_)),
             context,

@@ -71,7 +71,8 @@ pub fn describe_cache(report: &Report) -> String {
         false => "the context it was trained on",
     };
     format!(
-        "KV cache: {} per 1,000 tokens, {} for {longest}, {} tokens",
+        "KV cache in {}: {} per 1,000 tokens, {} for {longest}, {} tokens",
+        report.cache_dtype,
         precise_bytes(report.kv_cache_bytes_per_1000_tokens),
         precise_bytes(report.longest_context.kv_cache_bytes),
         thousands(report.longest_context.tokens as u64),
