@@ -518,8 +518,16 @@ fn a_model_that_is_too_large_for_the_memory() {
     };
     config(1_000_000);
     let least = "hint: int8 with an int8 head and a cache in int8, which is the least, needs ";
-    let parts = ["/beyond-memory: int8 needs ", " TB of memory, but ", " is free", least, "--force"];
+    let parts = [
+        "/beyond-memory: int8 needs ",
+        " TB of memory with 129 tokens in the cache, but ",
+        " is free",
+        least,
+        "--force",
+    ];
     check_failure(&generate(&[]), 1, &parts);
+    let smallest = generate(&["--int8-head", "--cache-dtype", "int8"]);
+    check_failure(&smallest, 1, &[": int8 needs ", "hint: there is no smaller way to hold it; --force"]);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);
     let available = footprint["machine"]["available_bytes"].as_u64().unwrap();
@@ -527,27 +535,28 @@ fn a_model_that_is_too_large_for_the_memory() {
     check_failure(
         &generate(&["--precision", "f16"]),
         1,
-        &["f16 needs ", "hint: --precision int8 needs ", "which would fit"],
+        &["f16 needs ", "hint: generate --precision int8 needs ", "which would fit"],
     );
-    // The same with a cache of 134 MB a block for 2,048 tokens, which the hint keeps.
-    config(available / 425_000_000);
+    // The same with a cache of 67 MB a block for 2,048 tokens, which the hint keeps.
+    config(available / 390_000_000);
     check_failure(
         &generate(&["--precision", "f16", "--cache-dtype", "f32", "-n", "2047"]),
         1,
-        &["f16 needs ", "hint: --precision int8 --cache-dtype f32 needs ", "which would fit"],
+        &["f16 needs ", "hint: generate --precision int8 --cache-dtype f32 needs ", "which would fit"],
     );
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);
     check_failure(&generate(&["--precision", "f16", "--force"]), 1, &["model.safetensors: no such file"]);
-    // After 200,000 tokens a block has 3.3 GB of them in 16 bits, half of that in 8, and 0.2 GB of weights.
-    config(available / 2_600_000_000);
-    let bench = ["bench", "-q", "--dummy-weights", "--prompt-len=0", "--gen-len=1", "--context=200000", "-m"];
-    let parts = ["hint: --precision int8 --cache-dtype int8 needs ", "which would fit"];
-    check_failure(&llm8(&[&bench[..], &[folder.to_str().unwrap()]].concat()).output().unwrap(), 1, &parts);
+    // After 20,000 tokens a block has 0.33 GB of them in 16 bits, half of that in 8, and 0.2 GB of weights.
+    config(available / 450_000_000);
+    let in_folder = ["-q", "-m", folder.to_str().unwrap()];
+    let parts =
+        [": int8 needs ", "20,001 tokens", "hint: generate --precision int8 --cache-dtype int8 needs ", "fewer tokens"];
+    let bench = ["bench", "--dummy-weights", "--prompt-len=0", "--gen-len=1", "--context=20000"];
+    check_failure(&llm8(&[&bench[..], &in_folder].concat()).output().unwrap(), 1, &parts);
     // As many tokens as are asked for count.
-    check_failure(
-        &generate(&["-n", "200000"]),
-        1,
-        &["int8 needs ", "hint: --precision int8 --cache-dtype int8 needs "],
-    );
+    check_failure(&generate(&["-n", "20000"]), 1, &parts);
+    let compare = ["compare", "--prompt-ids", "5", "-n", "20000"];
+    let parts = [": f16 needs ", "20,001 tokens", "hint: generate --precision int8 ", "fewer tokens"];
+    check_failure(&llm8(&[&compare[..], &in_folder].concat()).output().unwrap(), 1, &parts);
 }

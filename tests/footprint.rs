@@ -138,7 +138,7 @@ fn without_a_model_it_is_the_demonstration_model() {
 fn the_cache_is_what_a_run_takes() {
     let folder = model("tiny-bloom");
     let folder = folder.to_str().unwrap();
-    // 64 tokens, as many as a cache has room for at first: 60 of the prompt and 4 that are fed back.
+    // 64 tokens, a block of a cache: 60 of the prompt and 4 that are fed back.
     let ids = vec!["5"; 60].join(",");
     let run = json_of(&["generate", "--json", "--ignore-eos", "-n", "5", "--prompt-ids", &ids, "-m", folder]);
     let report = json_of(&["footprint", "--json", "--context", "64", "-m", folder]);

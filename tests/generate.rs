@@ -247,7 +247,7 @@ fn where_nobody_reads_stderr_the_text_still_comes() {
 fn ctrl_c_ends_a_long_prompt_too() {
     // The signal most likely comes while the prompt is run; if the machine is faster, while text is.
     let ids = comma_separated(&vec![404; 6000]);
-    let args = ["generate", "--prompt-ids", &ids, "--json", "-q", "-n", "1000000", "--ignore-eos"];
+    let args = ["generate", "--prompt-ids", &ids, "--json", "-q", "-n", "100000", "--ignore-eos"];
     let mut child = llm8(&args).stdout(Stdio::piped()).spawn().unwrap();
     std::thread::sleep(std::time::Duration::from_millis(1500));
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
@@ -261,7 +261,7 @@ fn ctrl_c_ends_a_long_prompt_too() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_ends_the_text_and_the_exit_code_is_130() {
-    let args = ["generate", "Debian", "-n", "1000000", "--ignore-eos"];
+    let args = ["generate", "Debian", "-n", "100000", "--ignore-eos"];
     let mut child = llm8(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut pipe = child.stdout.take().unwrap();
     let mut text = vec![0u8; 64];

@@ -11,12 +11,15 @@ pub struct KvCache {
     dtype: Option<CacheDtype>,
     /// Tokens that every layer holds.
     len: usize,
-    /// Tokens that room is taken for at once.
-    room: usize,
+    /// Tokens that are expected in all; 0 where it is not known.
+    expected: usize,
 }
 
-/// Tokens that a cache has room for at first.
-const FIRST_CAPACITY: usize = 64;
+/// Room is taken for blocks of so many tokens.
+const TOKENS_PER_BLOCK: usize = 64;
+
+/// Expected tokens that room is taken for beforehand: more may never come.
+const EXPECTED_AT_ONCE: usize = 2048;
 
 impl KvCache {
     /// An empty cache for a model of `num_layers` blocks, in what is best where that runs; memory is taken as
@@ -27,13 +30,13 @@ impl KvCache {
 
     /// The same in a dtype of choice.
     pub fn with_dtype(num_layers: usize, dtype: impl Into<Option<CacheDtype>>) -> Self {
-        Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0, room: 0 }
+        Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0, expected: 0 }
     }
 
-    /// Takes room for so many tokens with the first: what is known beforehand is not copied when it grows, and no more
-    /// is taken.
-    pub fn with_room(self, tokens: usize) -> Self {
-        Self { room: tokens, ..self }
+    /// One that so many tokens are expected in: room is taken for them beforehand, as far as it is not very much, and
+    /// for no more than whole blocks of them while no others come.
+    pub fn expecting(self, tokens: usize) -> Self {
+        Self { expected: tokens, ..self }
     }
 
     /// The number of layers that it is for.
@@ -80,8 +83,8 @@ impl KvCache {
     /// Appends keys and values (batch, heads, tokens, head_dim) of one layer, and gives what it holds and
     /// the number of tokens before these.
     ///
-    /// Room beyond what was asked for doubles when it is full, so a token's share of the copying does not grow with the
-    /// context.
+    /// Room doubles when it is full, if no end is expected before, so a token's share of the copying does not grow with
+    /// the context.
     fn append(&mut self, index: usize, keys: &Tensor, values: &Tensor) -> Result<(&AttentionCache, usize)> {
         // A pass that failed half-way has not moved `len`: what it left is written over.
         let (past, len) = (self.len, self.len + keys.dim(2)?);
@@ -89,7 +92,11 @@ impl KvCache {
         let Some(layer) = self.layers.get_mut(index) else {
             bail!("the cache is for {num_layers} layers, but the model has more")
         };
-        let capacity = if len <= self.room { self.room } else { len.max(2 * past) }.next_multiple_of(FIRST_CAPACITY);
+        let capacity = match len <= self.expected {
+            true => (len + EXPECTED_AT_ONCE).max(2 * past).min(self.expected),
+            false => len.max(2 * past),
+        };
+        let capacity = capacity.next_multiple_of(TOKENS_PER_BLOCK);
         let held = match layer.take() {
             Some(held) if held.capacity() >= len => held,
             Some(held) if past > 0 => held.grown(past, capacity)?,
@@ -216,13 +223,20 @@ mod tests {
     }
 
     #[test]
-    fn room_is_taken_at_once_and_grows_beyond_what_was_asked_for() -> Result<()> {
-        let [mut cache, mut grown] = [KvCache::new(1).with_room(250), KvCache::new(1)];
+    fn room_is_taken_for_what_is_expected_and_grows_beyond_it() -> Result<()> {
+        let [mut cache, mut grown] = [KvCache::new(1).expecting(250), KvCache::new(1)];
         for (tokens, bytes_of) in [(3, 256), (130, 256), (117, 256), (1, 256), (5, 256), (1, 512), (300, 576)] {
             let [queries, keys, values_] = random(tokens)?;
             let found = attend(&queries, &keys, &values_, None, cache.layer(0))?;
             let wanted = attend(&queries, &keys, &values_, None, grown.layer(0))?;
             assert_eq!(values(&found)?, values(&wanted)?);
+            assert_eq!(cache.bytes(), 2 * 3 * bytes_of * ((8 + 16) * 2 + 2 * 4), "after {}", cache.len());
+        }
+        // Not all at once where it is much, and not beyond the end.
+        let mut cache = KvCache::new(1).expecting(3000);
+        for (tokens, bytes_of) in [(10, 2112), (2102, 2112), (1, 3008)] {
+            let [queries, keys, values_] = random(tokens)?;
+            attend(&queries, &keys, &values_, None, cache.layer(0))?;
             assert_eq!(cache.bytes(), 2 * 3 * bytes_of * ((8 + 16) * 2 + 2 * 4), "after {}", cache.len());
         }
         Ok(())

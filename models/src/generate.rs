@@ -116,9 +116,6 @@ pub struct Generation<'a> {
 /// Below this a temperature would only overflow: the likeliest token is taken.
 const MIN_TEMPERATURE: f64 = 1e-5;
 
-/// New tokens that the cache takes room for beforehand: more may never come.
-const MOST_ROOM: usize = 2048;
-
 /// Starts generating after `prompt`; the prompt is run when the first token is asked for.
 ///
 /// Errors when the prompt is empty, holds an id outside the vocabulary, or has more tokens than the
@@ -143,13 +140,13 @@ pub fn generate<'a>(model: &'a dyn CausalLm, prompt: &[u32], options: &GenerateO
         (temperature, None) => Sampling::All { temperature },
     };
     // The last token is not run any more.
-    let room = prompt.len() + options.max_new_tokens.saturating_sub(1).min(MOST_ROOM);
-    let room = model.max_positions().map_or(room, |positions| room.min(positions));
+    let tokens = prompt.len().saturating_add(options.max_new_tokens.saturating_sub(1));
+    let tokens = model.max_positions().map_or(tokens, |positions| tokens.min(positions));
     Ok(Generation {
         model,
         options: options.clone(),
         processor: LogitsProcessor::from_sampling(options.seed, sampling),
-        cache: KvCache::with_dtype(model.num_layers(), options.cache_dtype).with_room(room),
+        cache: KvCache::with_dtype(model.num_layers(), options.cache_dtype).expecting(tokens),
         ids: prompt.to_vec(),
         prompt_len: prompt.len(),
         finish_reason: None,
@@ -185,7 +182,7 @@ impl Generation<'_> {
         self.cache.dtype()
     }
 
-    /// Bytes that keys and values have taken.
+    /// Bytes that are taken for keys and values, those of tokens to come included.
     pub fn kv_cache_bytes(&self) -> usize {
         self.cache.bytes()
     }

@@ -141,8 +141,8 @@ fn attention_is_that_of_the_formula_at_odd_sizes_and_strides() -> Result<()> {
     Ok(())
 }
 
-/// The mean of the differences' magnitudes, each in deviations of its own: where a few outputs have much larger ones than
-/// the rest, they alone would decide otherwise, and they are too few for a mean.
+/// The mean of the differences' magnitudes, each in deviations of its own: where a few outputs have much larger ones
+/// than the rest, they alone would decide otherwise, and they are too few for a mean.
 fn distance(found: &[f32], wanted: &[f64], deviations: &[f64]) -> f64 {
     let differences = found.iter().zip(wanted).map(|(&found, wanted)| (f64::from(found) - wanted).abs());
     differences.zip(deviations).map(|(difference, deviation)| difference / deviation).sum::<f64>() / found.len() as f64

@@ -322,26 +322,26 @@ pub struct FootprintArgs {
     pub model: ModelArgs,
 
     /// Tokens to count the cache for [default: 2048, or the longest context where that is shorter].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    #[arg(long, value_name = "N", help_heading = "Precision", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     pub context: Option<u32>,
 
     #[command(flatten)]
     pub cache: CacheArgs,
 
     /// Draw the bytes of each precision to this file, as an SVG picture.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub svg: Option<PathBuf>,
 
     /// Write a page with the picture and all figures to this file.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub html: Option<PathBuf>,
 
     /// Write one JSON object to stdout instead of text.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     pub json: bool,
 
     /// Say nothing on stderr but errors.
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
 }
 

@@ -163,6 +163,7 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
             *columns = flagged(&flags);
         }
     });
+    // In order already.
     if parts_per_sequence == 1 {
         return columns;
     }

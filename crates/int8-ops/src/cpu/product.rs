@@ -83,7 +83,7 @@ pub(crate) fn int8_product(
             outlier_weights.resize(columns * blocks.rows, 0.0);
             for (first, len) in pieces(rows.len(), blocks.rows) {
                 let block = rows.start + first..rows.start + first + len;
-                // They come from memory while the products are made.
+                // Scales come from memory while the products are made.
                 weight_scales[block.clone()].chunks(16).for_each(|scales| prefetch(scales.as_ptr()));
                 let weight = &weight[block.start * cols..block.end * cols];
                 let sums = &mut sums[..part.tokens * len];

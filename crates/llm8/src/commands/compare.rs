@@ -35,16 +35,19 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         BaselineName::Bf16 => Precision::BF16,
         BaselineName::F32 => Precision::F32,
     };
-    let check = |folder: &ModelFolder| {
+    let check = |folder: &ModelFolder, prompt_len: usize| {
         let int8 = Precision::Int8(model::int8_options(&args.int8, folder)?);
         let both = [baseline.clone(), int8];
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
-        model::check_memory(model::CONTEXT, args.cache, folder, at_once, &args.machine.processor, &device)
+        let tokens = model::tokens_of_run(folder, prompt_len, args.sampling.max_new_tokens)?;
+        model::check_memory(tokens, args.cache, folder, at_once, &args.machine.processor, &device)
     };
-    let folder = model::folder(&args.model, &args.output, check)?;
+    // Before anything is downloaded; the prompt's tokens are known after the tokenizer's file is.
+    let folder = model::folder(&args.model, &args.output, |folder| check(folder, 1))?;
     let text = prompt.codec(&folder)?;
     let prompt_ids = prompt.ids(text.as_ref())?;
+    check(&folder, prompt_ids.len())?;
     interrupt::listen(args.output.quiet);
     let session =
         Session { args: &args, folder: &folder, device: &device, text: text.as_ref(), prompt_ids: &prompt_ids };

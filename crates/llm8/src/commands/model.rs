@@ -147,8 +147,14 @@ pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int
     Ok(Int8Options { threshold, skip_modules: args.skip_modules.clone(), head: args.int8_head })
 }
 
-/// Tokens whose keys and values a model should have memory for, unless it is known how many there will be.
-pub const CONTEXT: usize = 2048;
+/// The tokens of a run that generates so many after a prompt, with a model that may have fewer positions.
+pub fn tokens_of_run(folder: &ModelFolder, prompt_len: usize, max_new_tokens: usize) -> anyhow::Result<usize> {
+    let tokens = prompt_len.saturating_add(max_new_tokens);
+    Ok(match Footprint::of(folder)?.longest_context() {
+        LongestContext::Positions(positions) => tokens.min(positions),
+        LongestContext::Trained(_) => tokens,
+    })
+}
 
 /// An error when the memory that is free on the device is too little for the model in `folder`, with so many
 /// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a precision,
@@ -162,10 +168,6 @@ pub fn check_memory(
     device: &Device,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
-    let tokens = match footprint.longest_context() {
-        LongestContext::Positions(positions) => tokens.min(positions),
-        LongestContext::Trained(_) => tokens,
-    };
     let with_cache = |precision: &Precision, dtype: CacheDtype| {
         footprint.weights(precision).total().saturating_add(footprint.kv_cache(tokens, dtype))
     };
@@ -176,25 +178,27 @@ pub fn check_memory(
         return Ok(());
     };
     let int8 = |head| Precision::Int8(Int8Options { head, ..Int8Options::default() });
-    let least_dtype = if device.is_cpu() { CacheDtype::Int8 } else { CacheDtype::F16 };
+    let default_dtype = CacheDtype::of(device);
+    let least_dtype = if device.is_cpu() { CacheDtype::Int8 } else { default_dtype };
     // From what loses least to what takes least.
-    let smaller = [
-        ("--precision f16", Precision::F16, dtype),
-        ("--precision int8", int8(false), dtype),
-        ("--precision int8", int8(false), least_dtype),
-        ("--precision int8 --int8-head", int8(true), dtype),
-        ("--precision int8 --int8-head", int8(true), least_dtype),
+    let precisions_down = [
+        ("--precision f16", Precision::F16),
+        ("--precision int8", int8(false)),
+        ("--precision int8 --int8-head", int8(true)),
     ];
-    let smaller = smaller.iter().map(|(flags, precision, dtype)| (flags, dtype, with_cache(precision, *dtype)));
+    let smaller = precisions_down.iter().flat_map(|(flags, precision)| {
+        let bytes_in = |dtype| (*flags, dtype, with_cache(precision, dtype));
+        [dtype, default_dtype, least_dtype].map(bytes_in)
+    });
     let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
     let fits = smaller.clone().find(|(.., bytes)| *bytes <= free);
     let least = smaller.map(|(.., bytes)| bytes).min().unwrap_or(needed);
     let hint = match fits {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
         Some((flags, held_in, bytes)) => {
-            let is_default = cache.dtype.is_none() && *held_in == dtype;
+            let is_default = held_in == default_dtype;
             let flag = if is_default { String::new() } else { format!(" --cache-dtype {}", held_in.name()) };
-            format!("{flags}{flag} needs {}, which would fit", output::precise_bytes(bytes))
+            format!("generate {flags}{flag} needs {}, which would fit", output::precise_bytes(bytes))
         }
         None if needed <= least => "there is no smaller way to hold it".to_string(),
         None => {
@@ -204,10 +208,16 @@ pub fn check_memory(
     };
     let is_roomier = !device.is_cpu() && device::free_memory(&Device::Cpu).is_some_and(|free| needed <= free);
     let hint = if is_roomier { format!("{hint}; with --device cpu it would fit") } else { hint };
+    let weights: u64 = precisions.iter().map(|precision| footprint.weights(precision).total()).sum();
+    let hint = if weights <= free { format!("{hint}; fewer tokens need less") } else { hint };
     let names = precisions.iter().map(Precision::name).collect::<Vec<_>>().join(" and ");
     let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(free));
     let place = if device.is_cpu() { String::new() } else { format!(" on {}", label(device)) };
-    let message = format!("{}: {names} needs {needed} of memory{place}, but {free} is free", folder.path().display());
+    let tokens = output::thousands(tokens as u64);
+    let message = format!(
+        "{}: {names} needs {needed} of memory{place} with {tokens} tokens in the cache, but {free} is free",
+        folder.path().display()
+    );
     Err(Failure::new(message).with_hint(format!("{hint}; --force goes on all the same")).into())
 }
 

@@ -132,8 +132,8 @@ fn row(codes: &[i8], weight: &[i8]) -> __m512i {
     }
     for (weight, codes) in weight.chunks(64).zip(codes.chunks(64)) {
         let mask = u64::MAX >> (64 - weight.len());
-        // SAFETY: the mask keeps to what there is in both. Where it is off a code is zero, so that a flipped weight counts for
-        // nothing there.
+        // SAFETY: the mask keeps to what there is in both. Where it is off a code is zero, so that a flipped weight
+        // counts for nothing there.
         let load = |values: &[i8]| unsafe { _mm512_maskz_loadu_epi8(mask, values.as_ptr()) };
         acc[0] = _mm512_dpbusd_epi32(acc[0], _mm512_xor_si512(load(weight), flip), load(codes));
     }

@@ -147,8 +147,13 @@ impl Report {
         let tokens = context.map_or(CONTEXT.min(longest.tokens()), |tokens| tokens as usize);
         let cache = |tokens| Context { tokens, kv_cache_bytes: footprint.kv_cache(tokens, dtype) };
         let context = cache(tokens);
-        let needed = |precision: &Precision| footprint.weights(precision).total() + context.kv_cache_bytes + OVERHEAD;
+        let needed_with = |dtype| {
+            let besides = footprint.kv_cache(tokens, dtype) + OVERHEAD;
+            move |precision: &Precision| footprint.weights(precision).total() + besides
+        };
+        let needed = needed_with(dtype);
         let on_gpus = if dtype.is_integer() { CacheDtype::F16 } else { dtype };
+        let needed_on_gpu = needed_with(on_gpus);
         let on = |memory: u64| {
             move |precision: &Precision| footprint.devices(precision, tokens, on_gpus, memory.checked_sub(OVERHEAD)?)
         };
@@ -165,7 +170,7 @@ impl Report {
             longest_context_is_a_limit: matches!(longest, LongestContext::Positions(_)),
             context,
             overhead_bytes: OVERHEAD,
-            needed_bytes: ByPrecision::each(needed),
+            needed_bytes: ByPrecision::each(&needed),
             machine: machine::memory().map(|memory| Machine {
                 total_bytes: memory.total,
                 available_bytes: memory.available,
@@ -175,7 +180,7 @@ impl Report {
                 name,
                 total_bytes: memory.total as u64,
                 free_bytes: memory.free as u64,
-                holds: ByPrecision::each(|precision| needed(precision) <= memory.free as u64),
+                holds: ByPrecision::each(|precision| needed_on_gpu(precision) <= memory.free as u64),
             }),
             gpus: machine::GPUS
                 .iter()
