@@ -189,7 +189,11 @@ fn what_cannot_be_measured() {
     config["vocab_size"] = (1 << 24).into();
     config["hidden_size"] = (1 << 20).into();
     fs::write(immense.join("config.json"), config.to_string()).unwrap();
-    fails(&["--dummy-weights", "-m", immense.to_str().unwrap()], 1, &["int8 needs", "of memory, but", "hint: "]);
+    fails(
+        &["--dummy-weights", "-m", immense.to_str().unwrap()],
+        1,
+        &["int8 needs", "512 tokens in the cache, but", "hint: "],
+    );
     let published = ["--offline", "--cache-dir", "no-such-cache", "-m", "bigscience/bloom-560m"];
     fails(&published, 1, &["offline", "--dummy-weights measures the model with random weights"]);
 }

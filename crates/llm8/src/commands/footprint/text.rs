@@ -97,10 +97,10 @@ fn devices(report: &Report) -> String {
 
 pub fn describe_needs(report: &Report) -> String {
     format!(
-        "With the cache of {} tokens ({}{}) and {} for activations and the like",
+        "With the cache of {} tokens ({}{}) and {} for activations",
         thousands(report.context.tokens as u64),
         precise_bytes(report.context.kv_cache_bytes),
-        if matches!(report.cache_dtype, "int8" | "int16") { "; GPUs: in f16" } else { "" },
+        if matches!(report.cache_dtype, "int8" | "int16") { "; GPUs: f16" } else { "" },
         precise_bytes(report.overhead_bytes),
     )
 }
