@@ -535,14 +535,14 @@ fn a_model_that_is_too_large_for_the_memory() {
     check_failure(
         &generate(&["--precision", "f16"]),
         1,
-        &["f16 needs ", "hint: generate --precision int8 needs ", "which would fit"],
+        &["f16 needs ", "hint: with --precision int8 it needs ", "which would fit"],
     );
     // The same with a cache of 67 MB a block for 2,048 tokens, which the hint keeps.
     config(available / 390_000_000);
     check_failure(
         &generate(&["--precision", "f16", "--cache-dtype", "f32", "-n", "2047"]),
         1,
-        &["f16 needs ", "hint: generate --precision int8 --cache-dtype f32 needs ", "which would fit"],
+        &["f16 needs ", "hint: with --precision int8 --cache-dtype f32 it needs ", "which would fit"],
     );
     // What is free does, and with --force what is not: then the weights are looked for.
     check_failure(&generate(&[]), 1, &["model.safetensors: no such file"]);
@@ -550,13 +550,17 @@ fn a_model_that_is_too_large_for_the_memory() {
     // After 20,000 tokens a block has 0.33 GB of them in 16 bits, half of that in 8, and 0.2 GB of weights.
     config(available / 450_000_000);
     let in_folder = ["-q", "-m", folder.to_str().unwrap()];
-    let parts =
-        [": int8 needs ", "20,001 tokens", "hint: generate --precision int8 --cache-dtype int8 needs ", "fewer tokens"];
+    let parts = [": int8 needs ", "20,001 tokens", "hint: with --cache-dtype int8 it needs ", "fewer tokens"];
     let bench = ["bench", "--dummy-weights", "--prompt-len=0", "--gen-len=1", "--context=20000"];
     check_failure(&llm8(&[&bench[..], &in_folder].concat()).output().unwrap(), 1, &parts);
     // As many tokens as are asked for count.
     check_failure(&generate(&["-n", "20000"]), 1, &parts);
     let compare = ["compare", "--prompt-ids", "5", "-n", "20000"];
-    let parts = [": f16 needs ", "20,001 tokens", "hint: generate --precision int8 ", "fewer tokens"];
+    let parts = [
+        ": f16 needs ",
+        "20,001 tokens",
+        "hint: with generate --precision int8 --cache-dtype int8 it needs ",
+        "fewer tokens",
+    ];
     check_failure(&llm8(&[&compare[..], &in_folder].concat()).output().unwrap(), 1, &parts);
 }

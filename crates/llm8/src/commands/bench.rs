@@ -188,6 +188,6 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyho
     }
     let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
     precisions(args, folder)?.into_iter().try_for_each(|precision| {
-        model::check_memory(cached, args.cache, folder, &[precision], &args.processor, device)
+        model::check_memory(cached, args.cache, folder, &[precision], &args.processor, device, "")
     })
 }

@@ -157,8 +157,8 @@ pub fn tokens_of_run(folder: &ModelFolder, prompt_len: usize, max_new_tokens: us
 }
 
 /// An error when the memory that is free on the device is too little for the model in `folder`, with so many
-/// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a precision,
-/// and a cache, that would fit.
+/// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a cache
+/// or a precision, an option of `command`, that would fit.
 pub fn check_memory(
     tokens: usize,
     cache: CacheArgs,
@@ -166,6 +166,7 @@ pub fn check_memory(
     precisions: &[Precision],
     args: &ProcessorArgs,
     device: &Device,
+    command: &str,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
     let with_cache = |precision: &Precision, dtype: CacheDtype| {
@@ -180,30 +181,35 @@ pub fn check_memory(
     let int8 = |head| Precision::Int8(Int8Options { head, ..Int8Options::default() });
     let default_dtype = CacheDtype::of(device);
     let least_dtype = if device.is_cpu() { CacheDtype::Int8 } else { default_dtype };
-    // From what loses least to what takes least.
+    let held_in = |dtype: CacheDtype| {
+        if dtype == default_dtype { String::new() } else { format!(" --cache-dtype {}", dtype.name()) }
+    };
+    // Another cache first, and then from what loses least to what takes least.
+    let caches = [default_dtype, CacheDtype::F16, least_dtype].map(|dtype| {
+        let bytes = precisions.iter().map(|precision| with_cache(precision, dtype)).sum();
+        (format!("--cache-dtype {}", dtype.name()), bytes)
+    });
     let precisions_down = [
         ("--precision f16", Precision::F16),
         ("--precision int8", int8(false)),
         ("--precision int8 --int8-head", int8(true)),
     ];
-    let smaller = precisions_down.iter().flat_map(|(flags, precision)| {
-        let bytes_in = |dtype| (*flags, dtype, with_cache(precision, dtype));
-        [dtype, default_dtype, least_dtype].map(bytes_in)
+    let precisions_down = precisions_down.iter().flat_map(|(flags, precision)| {
+        let of = |dtype| (format!("{command}{flags}{}", held_in(dtype)), with_cache(precision, dtype));
+        [dtype, default_dtype, least_dtype].map(of)
     });
+    let smaller: Vec<(String, u64)> = caches.into_iter().chain(precisions_down).collect();
     let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
-    let fits = smaller.clone().find(|(.., bytes)| *bytes <= free);
-    let least = smaller.map(|(.., bytes)| bytes).min().unwrap_or(needed);
-    let hint = match fits {
+    let least = smaller.iter().map(|(_, bytes)| *bytes).min().unwrap_or(needed);
+    let hint = match smaller.iter().find(|(_, bytes)| *bytes <= free) {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
-        Some((flags, held_in, bytes)) => {
-            let is_default = held_in == default_dtype;
-            let flag = if is_default { String::new() } else { format!(" --cache-dtype {}", held_in.name()) };
-            format!("generate {flags}{flag} needs {}, which would fit", output::precise_bytes(bytes))
-        }
+        Some((flags, bytes)) => format!("with {flags} it needs {}, which would fit", output::precise_bytes(*bytes)),
         None if needed <= least => "there is no smaller way to hold it".to_string(),
         None => {
             let (dtype, bytes) = (least_dtype.name(), output::precise_bytes(least));
-            format!("int8 with an int8 head and a cache in {dtype}, which is the least, needs {bytes}")
+            format!(
+                "int8 with an int8 head and a cache in {dtype}, which is the least, needs {bytes}, too much as well"
+            )
         }
     };
     let is_roomier = !device.is_cpu() && device::free_memory(&Device::Cpu).is_some_and(|free| needed <= free);
@@ -214,8 +220,9 @@ pub fn check_memory(
     let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(free));
     let place = if device.is_cpu() { String::new() } else { format!(" on {}", label(device)) };
     let tokens = output::thousands(tokens as u64);
+    let verb = if precisions.len() > 1 { "need" } else { "needs" };
     let message = format!(
-        "{}: {names} needs {needed} of memory{place} with {tokens} tokens in the cache, but {free} is free",
+        "{}: {names} {verb} {needed} of memory{place} with {tokens} tokens in the cache, but {free} is free",
         folder.path().display()
     );
     Err(Failure::new(message).with_hint(format!("{hint}; --force goes on all the same")).into())
