@@ -527,6 +527,8 @@ fn a_model_that_is_too_large_for_the_memory() {
     ];
     check_failure(&generate(&[]), 1, &parts);
     let smallest = generate(&["--int8-head", "--cache-dtype", "int8"]);
+    let together = ["compare", "-q", "--together", "-n", &usize::MAX.to_string(), "hi"];
+    check_failure(&llm8(&together).output().unwrap(), 1, &["f16 and int8 need ", "hint: "]);
     check_failure(&smallest, 1, &[": int8 needs ", "hint: there is no smaller way to hold it; --force"]);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);

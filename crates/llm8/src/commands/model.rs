@@ -172,9 +172,10 @@ pub fn check_memory(
     let with_cache = |precision: &Precision, dtype: CacheDtype| {
         footprint.weights(precision).total().saturating_add(footprint.kv_cache(tokens, dtype))
     };
+    let together =
+        |dtype| precisions.iter().fold(0u64, |sum, precision| sum.saturating_add(with_cache(precision, dtype)));
     let dtype = cache_dtype(cache, device)?;
-    let needs = |precision: &Precision| with_cache(precision, dtype);
-    let needed: u64 = precisions.iter().map(needs).sum();
+    let needed = together(dtype);
     let Some(free) = device::free_memory(device).filter(|free| needed > *free && !args.force) else {
         return Ok(());
     };
@@ -185,10 +186,8 @@ pub fn check_memory(
         if dtype == default_dtype { String::new() } else { format!(" --cache-dtype {}", dtype.name()) }
     };
     // Another cache first, and then from what loses least to what takes least.
-    let caches = [default_dtype, CacheDtype::F16, least_dtype].map(|dtype| {
-        let bytes = precisions.iter().map(|precision| with_cache(precision, dtype)).sum();
-        (format!("--cache-dtype {}", dtype.name()), bytes)
-    });
+    let caches = [default_dtype, CacheDtype::F16, least_dtype]
+        .map(|dtype| (format!("--cache-dtype {}", dtype.name()), together(dtype)));
     let precisions_down = [
         ("--precision f16", Precision::F16),
         ("--precision int8", int8(false)),
@@ -199,7 +198,11 @@ pub fn check_memory(
         [dtype, default_dtype, least_dtype].map(of)
     });
     let smaller: Vec<(String, u64)> = caches.into_iter().chain(precisions_down).collect();
-    let apart = precisions.iter().map(needs).max().filter(|largest| precisions.len() > 1 && *largest <= free);
+    let apart = precisions
+        .iter()
+        .map(|precision| with_cache(precision, dtype))
+        .max()
+        .filter(|largest| precisions.len() > 1 && *largest <= free);
     let least = smaller.iter().map(|(_, bytes)| *bytes).min().unwrap_or(needed);
     let hint = match smaller.iter().find(|(_, bytes)| *bytes <= free) {
         _ if apart.is_some() => "one after the other, without --together, they would fit".to_string(),
