@@ -33,8 +33,8 @@ impl KvCache {
         Self { layers: vec![None; num_layers], dtype: dtype.into(), len: 0, expected: 0 }
     }
 
-    /// One that so many tokens are expected in: room is taken for them beforehand, as far as it is not very much, and
-    /// for no more than whole blocks of them while no others come.
+    /// One that so many tokens are expected in: room is taken for them beforehand, for at most 2,048 more than there
+    /// are, and for whole blocks of 64; if others come after all, it grows.
     pub fn expecting(self, tokens: usize) -> Self {
         Self { expected: tokens, ..self }
     }

@@ -158,7 +158,7 @@ pub fn tokens_of_run(folder: &ModelFolder, prompt_len: usize, max_new_tokens: us
 
 /// An error when the memory that is free on the device is too little for the model in `folder`, with so many
 /// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a cache
-/// or a precision, an option of `command`, that would fit.
+/// or a precision that would fit. `command` stands before a precision's flags, where they are another command's.
 pub fn check_memory(
     tokens: usize,
     cache: CacheArgs,
