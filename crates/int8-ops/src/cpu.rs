@@ -17,6 +17,7 @@ pub mod limits;
 mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod one_token;
 mod portable;
 mod product;
 pub(crate) mod team;
@@ -24,6 +25,7 @@ pub(crate) mod team;
 mod tiles;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use bytemuck::Pod;
@@ -37,7 +39,7 @@ pub(crate) use attention::{
     Cache, CacheCode, CacheValue, FloatCache, IntegerCache, LANES, Queries, attend, key_record, padded, value_record,
     write_key, write_value,
 };
-pub use product::Finish;
+pub use product::{Finish, Token};
 pub(crate) use product::{OutputColumns, float_product, int8_product};
 
 use crate::MAX_CODE;
@@ -65,8 +67,12 @@ pub struct Kernels {
     pub int8_dots: Int8Dots,
     /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
     pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
-    /// What follows the integer sums of a token, (rows) to outputs (rows), all of which it writes; see [`Finish`].
-    pub finish: fn(sums: &[i32], finish: &Finish, out: &mut [MaybeUninit<f32>]),
+    /// What follows the integer sums of a token, (rows) to outputs (rows), all of which it writes, given the weight's
+    /// codes (columns, rows) in the outlier columns; see [`Finish`].
+    pub finish: fn(sums: &[i32], outlier_weights: &[f32], finish: &Finish, out: &mut [MaybeUninit<f32>]),
+    /// The outputs (rows) of one token and a weight (rows, cols), all of which it writes: the sums, the outlier columns
+    /// and what follows in one pass over the weight, with the bits that `int8_dots`, `gather_columns` and `finish` give.
+    pub token_outputs: fn(token: &Token, weight: &[i8], finish: &Finish, out: &mut [MaybeUninit<f32>]),
     /// A block of attention's scores (64), of which the first `seen`, at least one, count, becomes weights
     /// `exp(score + slope * key - max)`, keys counted from `first_key`; gives what the weights of earlier
     /// blocks are to be multiplied by.
@@ -260,6 +266,30 @@ impl<'a> FloatSlice<'a> {
             CpuStorage::BF16(values) => Ok(Self::BF16(values)),
             other => bail!("int8 ops take F32, F16 or BF16 values, found {:?}", storage_dtype(other)),
         }
+    }
+
+    pub(crate) fn slice(self, range: Range<usize>) -> Self {
+        match self {
+            Self::F32(values) => Self::F32(&values[range]),
+            Self::F16(values) => Self::F16(&values[range]),
+            Self::BF16(values) => Self::BF16(&values[range]),
+        }
+    }
+
+    /// The values of a range as f32, put into `room` where they have to be widened.
+    pub(crate) fn widened<'b>(self, range: Range<usize>, room: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if let Self::F32(values) = self {
+            return &values[range];
+        }
+        if room.len() < range.len() {
+            room.resize(range.len(), 0.0);
+        }
+        let out = &mut room[..range.len()];
+        self.widen(range.start, out);
+        out
     }
 
     /// Copies the values from `start` on into `out`, as f32.

@@ -70,6 +70,9 @@ impl CustomOp1 for LayerNorm {
         let mut out = cpu::zeros(x.len());
         vector_values(&self.weight, |weight| {
             vector_values(&self.bias, |bias| {
+                let (mut weight_room, mut bias_room) = (Vec::new(), Vec::new());
+                let weight = weight.widened(0..width, &mut weight_room);
+                let bias = bias.widened(0..width, &mut bias_room);
                 for_each_rows(&mut out, width, |first, out| {
                     for (row, out) in (first..).zip(out.chunks_mut(width)) {
                         (kernels.layer_norm)(&x[row * width..][..width], weight, bias, self.eps, out);

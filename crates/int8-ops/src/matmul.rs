@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
-use crate::cpu::{self, Activations, Kernels, OutputColumns, Values};
+use crate::cpu::{self, Activations, FloatSlice, Kernels, OutputColumns, Values};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::elementwise::Activation;
@@ -101,27 +101,20 @@ pub(crate) fn is_vector_dtype(dtype: DType) -> bool {
 }
 
 /// Calls `f` with the values of a bias where there is one.
-pub(crate) fn bias_values<R>(bias: Option<&Tensor>, f: impl FnOnce(Option<&[f32]>) -> Result<R>) -> Result<R> {
+pub(crate) fn bias_values<R>(bias: Option<&Tensor>, f: impl FnOnce(Option<FloatSlice>) -> Result<R>) -> Result<R> {
     match bias {
         Some(bias) => vector_values(bias, |values| f(Some(values))),
         None => f(None),
     }
 }
 
-/// Calls `f` with the values of a contiguous vector on the CPU, in f32: 16-bit ones are widened.
-pub(crate) fn vector_values<R>(vector: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+/// Calls `f` with the values of a contiguous vector on the CPU.
+pub(crate) fn vector_values<R>(vector: &Tensor, f: impl FnOnce(FloatSlice) -> Result<R>) -> Result<R> {
     let (storage, layout) = vector.storage_and_layout();
     let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("wanted a contiguous vector on the CPU, found {vector:?}")
     };
-    match storage {
-        CpuStorage::F32(values) => f(&values[start..end]),
-        storage => {
-            let mut values = vec![0f32; end - start];
-            cpu::FloatSlice::of(storage)?.widen(start, &mut values);
-            f(&values)
-        }
-    }
+    f(FloatSlice::of(storage)?.slice(start..end))
 }
 
 /// The op's parameters; the weights ride here because a Candle op takes at most three tensors.

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
-use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax};
+use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax, Token};
 use proptest::prelude::*;
 
 /// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
@@ -168,7 +168,7 @@ proptest! {
 
     #[test]
     fn what_follows_the_sums_has_the_same_bits_everywhere(
-        (cols, _, weight) in int8_case(),
+        (cols, codes, weight) in int8_case(),
         values in prop::collection::vec(-40f32..40.0, 70),
         columns in prop::collection::vec(0..4173u32, 0..5),
     ) {
@@ -176,11 +176,13 @@ proptest! {
         let columns: Vec<u32> = columns.into_iter().map(|column| column % cols as u32).collect();
         let plain: Vec<f32> =
             columns.iter().flat_map(|&column| weight.chunks(cols).map(move |row| f32::from(row[column as usize]))).collect();
-        let sums: Vec<i32> = weight.iter().take(rows).map(|&code| 7919 * i32::from(code)).collect();
+        let codes = &codes[..cols];
+        let token = Token { codes, code_sum: code_sums(codes, cols)[0], outlier_columns: &columns };
+        let product = |(code, weight): (&i8, &i8)| i32::from(*code) * i32::from(*weight);
+        let sums: Vec<i32> = weight.chunks(cols).map(|row| codes.iter().zip(row).map(product).sum()).collect();
         let finish = Finish {
             x_scale: 0.01,
             outliers: &values[..columns.len()],
-            outlier_weights: &plain,
             weight_scales: &values[..rows],
             bias: Some(&values[70 - rows..]),
         };
@@ -198,9 +200,14 @@ proptest! {
             (kernels.widen)(&halves, &mut widened);
             prop_assert!(widened.iter().zip(&halves).all(|(value, half)| *value == half.to_f32()), "{}", kernels.name);
             let mut outputs = vec![MaybeUninit::new(f32::NAN); rows];
-            (kernels.finish)(&sums, &finish, &mut outputs);
+            (kernels.finish)(&sums, &plain, &finish, &mut outputs);
             // SAFETY: they are NaN where they were not written.
             let mut found: Vec<f32> = outputs.iter().map(|output| unsafe { output.assume_init() }).collect();
+            outputs.fill(MaybeUninit::new(f32::NAN));
+            (kernels.token_outputs)(&token, &weight, &finish, &mut outputs);
+            // SAFETY: as above.
+            let in_one_pass = outputs.iter().map(|output| unsafe { output.assume_init() }.to_bits());
+            prop_assert!(in_one_pass.eq(found.iter().map(|value| value.to_bits())), "{}", kernels.name);
             let (mut scores, mut softmax) = (values[..64].to_vec(), RunningSoftmax { max: 3.0, sum: 2.0 });
             found.push((kernels.softmax_block)(&mut scores, 1 + rows % 64, 0.1, cols, &mut softmax));
             found.extend(scores.iter().chain([&softmax.max, &softmax.sum]));

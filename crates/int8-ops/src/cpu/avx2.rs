@@ -1,12 +1,13 @@
 //! AVX2 with FMA and F16C: 32 products of codes, or 8 of floats, at a time.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
 
 use super::elementwise::elementwise_kernels;
 use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch, prefetch_after};
-use super::{Kernels, Pair, portable};
+use super::{Finish, Kernels, Pair, Token, one_token, portable};
 
 elementwise_kernels!("avx2,fma,f16c");
 
@@ -21,6 +22,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     widen: |values, out| unsafe { widen(values, out) },
     narrow: |values, out| unsafe { narrow(values, out) },
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
+    token_outputs: |token, weight, with, out| unsafe { token_outputs(token, weight, with, out) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
@@ -42,6 +44,16 @@ fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
     } else {
         for_each_tile!(int8_tile::<2, 4>(codes, weight, cols, sums));
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn token_outputs(token: &Token, weight: &[i8], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+    let row_sum = |codes: &[i8], weight: &[i8]| {
+        let mut sum = [0];
+        int8_tile::<1, 1>(codes, weight, codes.len(), &mut sum, 1);
+        sum[0]
+    };
+    one_token::outputs(token, weight, with, out, 0, row_sum, |sums| *sums);
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.

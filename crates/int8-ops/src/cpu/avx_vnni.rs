@@ -2,9 +2,10 @@
 //! encoding of its own, which serves processors with AVX-512 that do not like its wide registers.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
-use super::{Kernels, avx2};
+use super::{Finish, Kernels, Token, avx2, one_token};
 
 // SAFETY (of both): a table is handed out only where `is_supported` has found the features that every
 // kernel in it needs.
@@ -13,6 +14,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     name: "avx-vnni",
     is_supported: || (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avxvnni"),
     int8_dots: |codes, code_sums, weight, cols, sums| unsafe { vex::int8_dots(codes, code_sums, weight, cols, sums) },
+    token_outputs: |token, weight, with, out| unsafe { vex::token_outputs(token, weight, with, out) },
     ..avx2::KERNELS
 };
 
@@ -23,6 +25,7 @@ pub(super) const KERNELS_OF_AVX512: Kernels = Kernels {
         (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
     },
     int8_dots: |codes, code_sums, weight, cols, sums| unsafe { evex::int8_dots(codes, code_sums, weight, cols, sums) },
+    token_outputs: |token, weight, with, out| unsafe { evex::token_outputs(token, weight, with, out) },
     ..avx2::KERNELS
 };
 
@@ -45,6 +48,17 @@ macro_rules! kernels {
                 for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
                     sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
                 }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn token_outputs(token: &Token, weight: &[i8], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+                let row_sum = |codes: &[i8], weight: &[i8]| {
+                    let mut sum = [0];
+                    int8_tile::<1, 1>(codes, weight, codes.len(), &mut sum, 1);
+                    sum[0]
+                };
+                let excess = token.code_sum.wrapping_mul(128);
+                one_token::outputs(token, weight, with, out, excess, row_sum, |sums| *sums);
             }
 
             /// `sums[t * stride + r] = Σ codes[t] * (weight[r] + 128)` for T tokens and R weight rows.

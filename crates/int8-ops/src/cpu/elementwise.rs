@@ -17,7 +17,7 @@ macro_rules! elementwise_kernels {
                 quantize(x: &[f32], inverse: f32, codes: &mut [i8]) -> ();
                 sum_codes(codes: &[i8]) -> i32;
                 gather_columns(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]) -> ();
-                finish(sums: &[i32], with: &Finish, out: &mut [MaybeUninit<f32>]) -> ();
+                finish(sums: &[i32], outlier_weights: &[f32], with: &Finish, out: &mut [MaybeUninit<f32>]) -> ();
                 softmax_block(scores: &mut [f32], seen: usize, slope: f32, first_key: usize, softmax: &mut RunningSoftmax) -> f32;
                 int16_codes(x: &[f32], bound: Bound, codes: &mut [i16]) -> f32;
                 softmax_codes(sums: &[[i32; KEYS_PER_BLOCK]], block: &BlockScales, queries: &mut [Query], weights: &mut [[f32; KEYS_PER_BLOCK]], codes: &mut [[i16; KEYS_PER_BLOCK]]) -> ();

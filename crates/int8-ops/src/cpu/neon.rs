@@ -2,11 +2,12 @@
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
+use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
 
 use super::tiles::{float_tail, for_each_tile, int8_tail};
-use super::{Kernels, portable};
+use super::{Finish, Kernels, Token, one_token, portable};
 
 // SAFETY: the table is handed out only where `is_supported` has found the features that every kernel
 // in it needs.
@@ -15,6 +16,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     name: "neon-dotprod",
     is_supported: || is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod"),
     int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
+    token_outputs: |token, weight, with, out| unsafe { token_outputs(token, weight, with, out) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
@@ -25,6 +27,30 @@ pub(super) const KERNELS: Kernels = Kernels {
 #[target_feature(enable = "neon,dotprod")]
 fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
     for_each_tile!(int8_tile::<4, 4>(codes, weight, cols, sums));
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn token_outputs(token: &Token, weight: &[i8], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+    one_token::outputs(token, weight, with, out, 0, |codes, weight| row_sum(codes, weight), |sums| *sums);
+}
+
+/// `Σ codes * weight` of one row.
+#[target_feature(enable = "neon,dotprod")]
+fn row_sum(codes: &[i8], weight: &[i8]) -> i32 {
+    /// Sums side by side, which hide the latency of an addition.
+    const SUMS: usize = 4;
+    let mut acc = [vdupq_n_s32(0); SUMS];
+    let (codes, rest_codes) = codes.as_chunks::<{ 16 * SUMS }>();
+    let (weight, rest) = weight.as_chunks::<{ 16 * SUMS }>();
+    for (codes, weight) in codes.iter().zip(weight) {
+        for (u, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: both are slices of 16 * SUMS bytes.
+            let (codes, weight) = unsafe { (vld1q_s8(codes[16 * u..].as_ptr()), vld1q_s8(weight[16 * u..].as_ptr())) };
+            *acc = dot(*acc, codes, weight);
+        }
+    }
+    let sum = vaddq_s32(vaddq_s32(acc[0], acc[1]), vaddq_s32(acc[2], acc[3]));
+    vaddvq_s32(sum) + int8_tail(rest_codes, rest)
 }
 
 /// `sums[t * stride + r] = Σ codes[t] * weight[r]` for T tokens and R weight rows.

@@ -9,7 +9,9 @@ use half::{bf16, f16};
 use super::Kernels;
 use super::attention::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
 use super::math::{ROUND, erfc, exp, exp2};
-pub(super) use super::{BlockScales, Bound, Finish, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax};
+use super::one_token;
+use super::tiles::int8_tail;
+pub(super) use super::{BlockScales, Bound, Finish, KEYS_PER_BLOCK, Pair, Query, RunningSoftmax, Token};
 use crate::MAX_CODE;
 
 pub(super) const KERNELS: Kernels = Kernels {
@@ -21,6 +23,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     sum_codes,
     gather_columns,
     finish,
+    token_outputs,
     softmax_block,
     int16_codes,
     softmax_codes,
@@ -110,36 +113,53 @@ pub(super) fn gather_columns(weight: &[i8], cols: usize, columns: &[u32], gather
 }
 
 #[inline(always)]
-pub(super) fn finish(sums: &[i32], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+pub(super) fn finish(sums: &[i32], outlier_weights: &[f32], with: &Finish, out: &mut [MaybeUninit<f32>]) {
     let mut row = 0;
     while row < out.len() {
         // Sums that stay in registers from one outlier column to the next.
         row += match out.len() - row {
-            64.. => finish_rows::<64>(row, sums, with, out),
-            16.. => finish_rows::<16>(row, sums, with, out),
-            4.. => finish_rows::<4>(row, sums, with, out),
-            _ => finish_rows::<1>(row, sums, with, out),
+            64.. => finish_rows::<64>(row, sums, outlier_weights, with, out),
+            16.. => finish_rows::<16>(row, sums, outlier_weights, with, out),
+            4.. => finish_rows::<4>(row, sums, outlier_weights, with, out),
+            _ => finish_rows::<1>(row, sums, outlier_weights, with, out),
         };
     }
 }
 
 /// N rows from `row` on; gives N.
 #[inline(always)]
-fn finish_rows<const N: usize>(row: usize, sums: &[i32], with: &Finish, out: &mut [MaybeUninit<f32>]) -> usize {
+fn finish_rows<const N: usize>(
+    row: usize,
+    sums: &[i32],
+    outlier_weights: &[f32],
+    with: &Finish,
+    out: &mut [MaybeUninit<f32>],
+) -> usize {
     let rows = out.len();
     let mut values = [0f32; N];
-    for (value, weights) in with.outliers.iter().zip(with.outlier_weights.chunks_exact(rows)) {
+    for (value, weights) in with.outliers.iter().zip(outlier_weights.chunks_exact(rows)) {
         values.iter_mut().zip(&weights[row..row + N]).for_each(|(out, weight)| *out += value * weight);
     }
-    let sums = sums[row..row + N].iter().zip(&with.weight_scales[row..row + N]);
+    scale_and_add_bias(&mut values, row, &sums[row..row + N], with);
+    out[row..row + N].write_copy_of_slice(&values);
+    N
+}
+
+/// Sums over outlier columns, of rows from `row` on, become outputs.
+#[inline(always)]
+pub(super) fn scale_and_add_bias(values: &mut [f32], row: usize, sums: &[i32], with: &Finish) {
+    let sums = sums.iter().zip(&with.weight_scales[row..][..values.len()]);
     for (value, (&sum, scale)) in values.iter_mut().zip(sums) {
         *value = scale * (sum as f32 * with.x_scale + *value);
     }
     if let Some(bias) = with.bias {
-        values.iter_mut().zip(&bias[row..row + N]).for_each(|(value, bias)| *value += bias);
+        let bias = &bias[row..][..values.len()];
+        values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
     }
-    out[row..row + N].write_copy_of_slice(&values);
-    N
+}
+
+fn token_outputs(token: &Token, weight: &[i8], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+    one_token::outputs(token, weight, with, out, 0, int8_tail, |sums| *sums);
 }
 
 #[inline(always)]

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::tiles::{MANY_TOKENS, prefetch};
-use super::{Activations, FloatDots, Kernels, Values, team};
+use super::{Activations, FloatDots, FloatSlice, Kernels, Values, team};
 
 /// The columns of a result (tokens, width) in f32 that one weight fills, each of them.
 pub(crate) struct OutputColumns<'a> {
@@ -14,6 +14,17 @@ pub(crate) struct OutputColumns<'a> {
     pub(crate) matrix: &'a mut [MaybeUninit<f32>],
     pub(crate) width: usize,
     pub(crate) columns: Range<usize>,
+}
+
+/// A token on its way through the rows of a weight.
+#[derive(Debug, Clone, Copy)]
+pub struct Token<'a> {
+    /// (cols): zero in the outlier columns.
+    pub codes: &'a [i8],
+    /// The sum of all codes.
+    pub code_sum: i32,
+    /// The outlier columns, ascending.
+    pub outlier_columns: &'a [u32],
 }
 
 /// What turns a token's integer sums with a block of weight rows into outputs (rows):
@@ -27,8 +38,6 @@ pub struct Finish<'a> {
     pub x_scale: f32,
     /// (columns): the token's values in the outlier columns.
     pub outliers: &'a [f32],
-    /// (columns, rows): the weight's codes in those columns.
-    pub outlier_weights: &'a [f32],
     /// (rows).
     pub weight_scales: &'a [f32],
     /// (rows).
@@ -69,16 +78,20 @@ pub(crate) fn int8_product(
     x: &Activations,
     weight: &[i8],
     weight_scales: &[f32],
-    bias: Option<&[f32]>,
+    bias: Option<FloatSlice>,
     output: &mut OutputColumns,
 ) {
+    if x.scales.len() == 1 {
+        return int8_product_of_one(kernels, x, weight, weight_scales, bias, output);
+    }
     let (cols, columns) = (x.cols, x.outliers.len());
     let blocks = Blocks::of(x.scales.len(), cols);
     for (first_token, mut output) in output.in_blocks(blocks.tokens) {
         output.fill_in_parts(blocks.rows_per_part, |rows, part| {
             let codes = &x.codes[first_token * cols..][..part.tokens * cols];
             let code_sums = &x.code_sums[first_token..][..part.tokens];
-            let Scratch { mut sums, mut outlier_weights } = SCRATCH.take();
+            let Scratch { mut sums, mut outlier_weights, bias: mut room } = SCRATCH.take();
+            let bias = bias.map(|bias| bias.widened(rows.clone(), &mut room));
             sums.resize(part.tokens * blocks.rows, 0);
             outlier_weights.resize(columns * blocks.rows, 0.0);
             for (first, len) in pieces(rows.len(), blocks.rows) {
@@ -95,16 +108,40 @@ pub(crate) fn int8_product(
                     let finish = Finish {
                         x_scale: x.scales[first_token + token],
                         outliers: &x.outlier_values[(first_token + token) * columns..][..columns],
-                        outlier_weights: &outlier_weights[..columns * len],
                         weight_scales: &weight_scales[block.clone()],
-                        bias: bias.map(|bias| &bias[block.clone()]),
+                        bias: bias.map(|bias| &bias[first..first + len]),
                     };
-                    (kernels.finish)(sums, &finish, part.outputs(token, first, len));
+                    let outlier_weights = &outlier_weights[..columns * len];
+                    (kernels.finish)(sums, outlier_weights, &finish, part.outputs(token, first, len));
                 }
             }
-            SCRATCH.set(Scratch { sums, outlier_weights });
+            SCRATCH.set(Scratch { sums, outlier_weights, bias: room });
         });
     }
+}
+
+/// The same for one token.
+fn int8_product_of_one(
+    kernels: &Kernels,
+    x: &Activations,
+    weight: &[i8],
+    weight_scales: &[f32],
+    bias: Option<FloatSlice>,
+    output: &mut OutputColumns,
+) {
+    let token = Token { codes: &x.codes, code_sum: x.code_sums[0], outlier_columns: &x.outliers };
+    output.fill_in_parts(Blocks::of(1, x.cols).rows_per_part, |rows, part| {
+        let mut scratch = SCRATCH.take();
+        let finish = Finish {
+            x_scale: x.scales[0],
+            outliers: &x.outlier_values,
+            weight_scales: &weight_scales[rows.clone()],
+            bias: bias.map(|bias| bias.widened(rows.clone(), &mut scratch.bias)),
+        };
+        let weight = &weight[rows.start * x.cols..rows.end * x.cols];
+        (kernels.token_outputs)(&token, weight, &finish, part.outputs(0, 0, rows.len()));
+        SCRATCH.set(scratch);
+    });
 }
 
 /// Room for what a block needs.
@@ -114,11 +151,14 @@ struct Scratch {
     sums: Vec<i32>,
     /// (columns, rows).
     outlier_weights: Vec<f32>,
+    /// (rows of a part), where it has to be widened.
+    bias: Vec<f32>,
 }
 
 thread_local! {
     /// Kept from one block to the next.
-    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch { sums: Vec::new(), outlier_weights: Vec::new() }) };
+    static SCRATCH: Cell<Scratch> =
+        const { Cell::new(Scratch { sums: Vec::new(), outlier_weights: Vec::new(), bias: Vec::new() }) };
 }
 
 /// How many tokens ahead a place in the output is brought to the cache: it is as far from the last one
@@ -130,7 +170,7 @@ pub(crate) fn float_product<T: Sync>(
     dots: FloatDots<T>,
     x: &Values,
     weight: &[T],
-    bias: Option<&[f32]>,
+    bias: Option<FloatSlice>,
     output: &mut OutputColumns,
 ) {
     let cols = x.cols;
@@ -139,6 +179,8 @@ pub(crate) fn float_product<T: Sync>(
         output.fill_in_parts(blocks.rows_per_part, |rows, part| {
             let values = &x.values[first_token * cols..][..part.tokens * cols];
             let mut sums = vec![0f32; part.tokens * blocks.rows];
+            let mut room = Vec::new();
+            let bias = bias.map(|bias| bias.widened(rows.clone(), &mut room));
             for (first, len) in pieces(rows.len(), blocks.rows) {
                 let block = rows.start + first..rows.start + first + len;
                 let weight = &weight[block.start * cols..block.end * cols];
@@ -147,7 +189,7 @@ pub(crate) fn float_product<T: Sync>(
                 for (token, sums) in sums.chunks(len).enumerate() {
                     let output = part.outputs(token, first, len).write_copy_of_slice(sums);
                     if let Some(bias) = bias {
-                        output.iter_mut().zip(&bias[block.clone()]).for_each(|(output, bias)| *output += bias);
+                        output.iter_mut().zip(&bias[first..]).for_each(|(output, bias)| *output += bias);
                     }
                 }
             }

@@ -3,11 +3,12 @@
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use super::super::tiles::{AHEAD, prefetch};
+use super::super::{Finish, Token, one_token};
 
-/// Weight rows whose sums leave registers together, and that a block of several tokens' codes serves while it is in
-/// the nearest cache.
+/// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
 const TILE_ROWS: usize = 16;
 
 /// The most tokens that are worked on together.
@@ -39,36 +40,34 @@ thread_local! {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
     let (tokens, rows) = (code_sums.len(), weight.len() / cols);
-    if tokens == 1 {
-        for (weight, sums) in weight.chunks(TILE_ROWS * cols).zip(sums.chunks_mut(TILE_ROWS)) {
-            let mut row_sums = [_mm512_setzero_si512(); TILE_ROWS];
-            for (sum, weight) in row_sums.iter_mut().zip(weight.chunks_exact(cols)) {
-                *sum = row(codes, weight);
-            }
-            sums.copy_from_slice(&add_lanes(row_sums)[..sums.len()]);
+    let Room { mut lines, mut row_sums } = ROOM.take();
+    pack(codes, tokens, cols, &mut lines);
+    row_sums.resize(TILE_ROWS, [_mm512_setzero_si512(); 16]);
+    let vectors = cols.div_ceil(64);
+    for (block, weight) in weight.chunks(TILE_ROWS * cols).enumerate() {
+        let mut token = 0;
+        while token < tokens {
+            let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * TILE_ROWS..]);
+            token += match group(tokens - token) {
+                1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                4 => tile::<4, 4>(lines, weight, cols, sums, rows, &mut row_sums),
+                _ => tile::<TOKENS, 2>(lines, weight, cols, sums, rows, &mut row_sums),
+            };
         }
-    } else {
-        let Room { mut lines, mut row_sums } = ROOM.take();
-        pack(codes, tokens, cols, &mut lines);
-        row_sums.resize(TILE_ROWS, [_mm512_setzero_si512(); 16]);
-        let vectors = cols.div_ceil(64);
-        for (block, weight) in weight.chunks(TILE_ROWS * cols).enumerate() {
-            let mut token = 0;
-            while token < tokens {
-                let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * TILE_ROWS..]);
-                token += match group(tokens - token) {
-                    1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
-                    2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
-                    4 => tile::<4, 4>(lines, weight, cols, sums, rows, &mut row_sums),
-                    _ => tile::<TOKENS, 2>(lines, weight, cols, sums, rows, &mut row_sums),
-                };
-            }
-        }
-        ROOM.set(Room { lines, row_sums });
     }
+    ROOM.set(Room { lines, row_sums });
     for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
         sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
     }
+}
+
+/// [`token_outputs`](crate::cpu::Kernels::token_outputs).
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(super) fn token_outputs(token: &Token, weight: &[i8], with: &Finish, out: &mut [MaybeUninit<f32>]) {
+    let excess = token.code_sum.wrapping_mul(128);
+    let row_sum = |codes: &[i8], weight: &[i8]| row(codes, weight);
+    one_token::outputs(token, weight, with, out, excess, row_sum, |lanes| add_lanes(lanes));
 }
 
 /// How many of the tokens that are left are worked on together.
@@ -252,7 +251,7 @@ fn add_rows<const T: usize, const R: usize>(
     if place.is_last {
         let mut all = [_mm512_setzero_si512(); 16];
         all[..T * R].copy_from_slice(acc.as_flattened());
-        let all = add_lanes(all);
+        let all = add_lanes(&all);
         for (sums, all) in sums.chunks_mut(place.stride).zip(all.chunks(R).take(T)) {
             sums[..R].copy_from_slice(all);
         }
@@ -265,7 +264,7 @@ fn add_rows<const T: usize, const R: usize>(
 /// The sums over the 16 lanes of each of 16 vectors.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_lanes(vectors: [__m512i; 16]) -> [i32; 16] {
+fn add_lanes(vectors: &[__m512i; 16]) -> [i32; 16] {
     let pairs: [__m512i; 8] = std::array::from_fn(|i| {
         let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
         _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
