@@ -6,7 +6,9 @@
 //! is busy with something else, those that run do the work.
 //!
 //! Memory is read the fastest in order, so every thread walks along a stretch of the loop of its own,
-//! and takes from the ends of other stretches only when it is through.
+//! and takes from the ends of other stretches only when it is through. Whatever it takes from, it takes
+//! half of what is left: taking waits for all that is on its way from memory, so it should be rare, and
+//! the last that is taken should be small, so that all threads end together.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -29,10 +31,14 @@ pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
     for_each_range(parts.len(), 1, |indices| indices.filter_map(take).for_each(&work));
 }
 
-/// The same for the ranges of `size` that 0..len falls into, the last of which may be shorter.
+/// The same for the parts of `size` that 0..len falls into, the last of which may be shorter: `work` is called with
+/// ranges of at least one part, which cover them all.
 pub(crate) fn for_each_range(len: usize, size: usize, work: impl Fn(Range<usize>) + Sync) {
     let count = len.div_ceil(size);
-    let work = |index: usize| work(index * size..len.min((index + 1) * size));
+    if count == 0 {
+        return;
+    }
+    let work = |parts: Range<usize>| work(parts.start * size..len.min(parts.end * size));
     let team = TEAM.get_or_init(Team::start);
     let caller = match team.callers.try_lock() {
         Err(TryLockError::WouldBlock) => None,
@@ -43,7 +49,7 @@ pub(crate) fn for_each_range(len: usize, size: usize, work: impl Fn(Range<usize>
         Some(caller) if count > 1 && count <= u32::MAX as usize && !team.members.is_empty() => {
             team.run(count as u32, &work, caller)
         }
-        _ => (0..count).for_each(work),
+        _ => work(0..count),
     }
 }
 
@@ -81,25 +87,34 @@ impl Stretch {
         self.0.store(u64::from(indices.end) << 32 | u64::from(indices.start), Ordering::Relaxed);
     }
 
-    fn take_first(&self) -> Option<u32> {
-        self.take(|first, _| first, |first, end| (first + 1, end))
+    /// The first half of what is left.
+    fn take_first(&self) -> Option<Range<u32>> {
+        self.take(|left| {
+            let middle = left.start + (left.end - left.start).div_ceil(2);
+            (left.start..middle, middle..left.end)
+        })
     }
 
-    fn take_last(&self) -> Option<u32> {
-        self.take(|_, end| end - 1, |first, end| (first, end - 1))
+    /// The last half of what is left.
+    fn take_last(&self) -> Option<Range<u32>> {
+        self.take(|left| {
+            let middle = left.start + (left.end - left.start) / 2;
+            (middle..left.end, left.start..middle)
+        })
     }
 
-    fn take(&self, which: fn(u32, u32) -> u32, rest: fn(u32, u32) -> (u32, u32)) -> Option<u32> {
+    /// Splits what is left into what is taken and what is left then.
+    fn take(&self, split: fn(Range<u32>) -> (Range<u32>, Range<u32>)) -> Option<Range<u32>> {
         let mut held = self.0.load(Ordering::Relaxed);
         loop {
             let (first, end) = (held as u32, (held >> 32) as u32);
             if first >= end {
                 return None;
             }
-            let (new_first, new_end) = rest(first, end);
-            let new = u64::from(new_end) << 32 | u64::from(new_first);
-            match self.0.compare_exchange_weak(held, new, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(which(first, end)),
+            let (taken, left) = split(first..end);
+            let left = u64::from(left.end) << 32 | u64::from(left.start);
+            match self.0.compare_exchange_weak(held, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
                 Err(other) => held = other,
             }
         }
@@ -113,7 +128,7 @@ struct Member {
 
 #[derive(Clone, Copy)]
 struct Job {
-    work: &'static (dyn Fn(usize) + Sync),
+    work: &'static (dyn Fn(Range<usize>) + Sync),
 }
 
 const OPEN: u64 = 1 << 31;
@@ -135,9 +150,9 @@ impl Team {
         Box::leak(Box::new(team))
     }
 
-    fn run(&self, count: u32, work: &(dyn Fn(usize) + Sync), _caller: MutexGuard<()>) {
+    fn run(&self, count: u32, work: &(dyn Fn(Range<usize>) + Sync), _caller: MutexGuard<()>) {
         // SAFETY: only the lifetime is changed; `Closing` sees to it that nobody works after this call.
-        let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
+        let work: &'static (dyn Fn(Range<usize>) + Sync) = unsafe { std::mem::transmute(work) };
         // Of an earlier loop, whose caller panicked too and never came to look.
         *self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
         // SAFETY: the door is closed and nobody is inside, so nobody reads the job.
@@ -165,12 +180,12 @@ impl Team {
 
     /// Works along the thread's own stretch, and then on what others have not come to yet.
     fn work_on(&self, job: Job, thread: usize) {
-        while let Some(index) = self.stretches[thread].take_first() {
-            (job.work)(index as usize);
+        while let Some(parts) = self.stretches[thread].take_first() {
+            (job.work)(parts.start as usize..parts.end as usize);
         }
         for other in (0..self.stretches.len()).filter(|&other| other != thread) {
-            while let Some(index) = self.stretches[other].take_last() {
-                (job.work)(index as usize);
+            while let Some(parts) = self.stretches[other].take_last() {
+                (job.work)(parts.start as usize..parts.end as usize);
             }
         }
     }
@@ -309,7 +324,8 @@ mod tests {
             for size in [1, 2, 3, 7, 63, 64, 65, 1002, 1003, 1004, 5000] {
                 let counts: Vec<AtomicU32> = (0..len).map(|_| AtomicU32::new(0)).collect();
                 for_each_range(len, size, |range| {
-                    assert!(range.start % size == 0 && (range.len() == size || range.end == len), "{range:?}");
+                    assert!(range.start % size == 0 && (range.end % size == 0 || range.end == len), "{range:?}");
+                    assert!(!range.is_empty());
                     counts[range].iter().for_each(|count| _ = count.fetch_add(1, Ordering::Relaxed));
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{len} by {size}");
