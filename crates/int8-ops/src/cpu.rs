@@ -67,9 +67,8 @@ pub struct Kernels {
     pub int8_dots: Int8Dots,
     /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
     pub gather_columns: fn(weight: &[i8], cols: usize, columns: &[u32], gathered: &mut [f32]),
-    /// What follows the integer sums of a token, (rows) to outputs (rows), all of which it writes, given the weight's
-    /// codes (columns, rows) in the outlier columns; see [`Finish`].
-    pub finish: fn(sums: &[i32], outlier_weights: &[f32], finish: &Finish, out: &mut [MaybeUninit<f32>]),
+    /// What follows the integer sums of a token; see [`FinishSums`].
+    pub finish: FinishSums,
     /// The outputs (rows) of one token and a weight (rows, cols), all of which it writes: the sums, the outlier columns
     /// and what follows in one pass over the weight, with the bits that `int8_dots`, `gather_columns` and `finish` give.
     pub token_outputs: fn(token: &Token, weight: &[i8], finish: &Finish, out: &mut [MaybeUninit<f32>]),
@@ -119,6 +118,10 @@ pub struct Kernels {
 /// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
 /// token's codes (tokens), a weight (rows, cols), and sums (tokens, rows).
 pub type Int8Dots = fn(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]);
+
+/// A token's integer sums (rows) become outputs (rows), all of which it writes, given the weight's codes
+/// (columns, rows) in the outlier columns; see [`Finish`].
+pub type FinishSums = fn(sums: &[i32], outlier_weights: &[f32], finish: &Finish, out: &mut [MaybeUninit<f32>]);
 
 /// `sums[t, r] = Σ_c x[t, c] * weight[r, c]`, summed in f32, for x (tokens, cols), a weight
 /// (rows, cols), and sums (tokens, rows).

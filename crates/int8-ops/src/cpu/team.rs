@@ -104,7 +104,7 @@ impl Stretch {
     }
 
     /// Splits what is left into what is taken and what is left then.
-    fn take(&self, split: fn(Range<u32>) -> (Range<u32>, Range<u32>)) -> Option<Range<u32>> {
+    fn take(&self, split: impl Fn(Range<u32>) -> (Range<u32>, Range<u32>)) -> Option<Range<u32>> {
         let mut held = self.0.load(Ordering::Relaxed);
         loop {
             let (first, end) = (held as u32, (held >> 32) as u32);
