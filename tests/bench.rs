@@ -192,7 +192,7 @@ fn what_cannot_be_measured() {
     fails(
         &["--dummy-weights", "-m", immense.to_str().unwrap()],
         1,
-        &["int8 needs", "512 tokens in the cache, but", "hint: "],
+        &["int8 needs", "576 tokens in the cache, but", "hint: "],
     );
     let published = ["--offline", "--cache-dir", "no-such-cache", "-m", "bigscience/bloom-560m"];
     fails(&published, 1, &["offline", "--dummy-weights measures the model with random weights"]);

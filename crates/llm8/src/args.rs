@@ -421,7 +421,7 @@ pub struct BenchArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub batch: Vec<u16>,
 
-    /// How often each is measured, after a run that warms up; the median counts.
+    /// How often each is measured, in turns, after a run that warms up; the median counts.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub repetitions: u16,
 

@@ -134,17 +134,17 @@ fn measure_precision(
         repetitions: args.repetitions.into(),
         cache_dtype: model::cache_dtype(args.cache, device)?,
     };
-    let mut all = Vec::new();
-    for test in tests {
-        let figures = bench.measure(test)?;
+    let name = format!("{}, {}", precision.name(), text::threads(rayon::current_num_threads()));
+    let say = |text: &str| {
         if !args.output.quiet {
-            let rate = text::rate(figures.tokens_per_second().median);
-            let threads = text::threads(rayon::current_num_threads());
-            output::say(&format!("{}, {threads}: {test}: {rate} tokens/s", precision.name()));
+            output::say(&format!("{name}: {text}"));
         }
-        all.push(figures);
+    };
+    let figures = bench.measure(tests, |turn| say(&format!("repetition {turn} of {}", args.repetitions)))?;
+    for figures in &figures {
+        say(&format!("{}: {} tokens/s", figures.test, text::rate(figures.tokens_per_second().median)));
     }
-    Ok((load, all))
+    Ok((load, figures))
 }
 
 /// The folder of the model; for random weights its config alone.
@@ -186,7 +186,14 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyho
         let failure = Failure::new(format!("{longest} tokens are to be run, but the model has {positions} positions"));
         return Err(failure.with_hint("lower --prompt-len, --context or --gen-len").into());
     }
-    let cached = tests.iter().map(|test| test.batch() * test.tokens()).max().unwrap_or(0);
+    // All that generate keep their caches until the end; prompts come one at a time.
+    let cached = |is_kept| {
+        tests
+            .iter()
+            .filter(move |test| matches!(test, Test::Decode { .. }) == is_kept)
+            .map(|test| test.batch() * test.tokens())
+    };
+    let cached = cached(true).sum::<usize>() + cached(false).max().unwrap_or(0);
     precisions(args, folder)?.into_iter().try_for_each(|precision| {
         model::check_memory(cached, args.cache, folder, &[precision], &args.processor, device, "")
     })

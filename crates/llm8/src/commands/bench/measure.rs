@@ -62,9 +62,9 @@ pub struct Figures {
     pub seconds: Vec<f64>,
     /// Those of the machine, measured before each repetition; of a CUDA device, before the test.
     pub limits: Limits,
-    /// The process's largest memory while the test ran.
+    /// The process's largest memory while the test ran alone.
     pub peak_rss_bytes: Option<usize>,
-    /// The most that was taken on a CUDA device while the test ran.
+    /// The most that was taken on a CUDA device while the test ran alone.
     pub peak_device_bytes: Option<usize>,
 }
 
@@ -100,6 +100,15 @@ impl Figures {
     }
 }
 
+/// A test under way.
+struct Run {
+    random: Rng,
+    cache: KvCache,
+    limits: Vec<Limits>,
+    /// Of each repetition.
+    seconds: Vec<f64>,
+}
+
 /// A loaded model to measure.
 pub struct Bench<'a> {
     pub model: &'a dyn CausalLm,
@@ -108,57 +117,89 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Runs a test as often as asked for, after a run that warms up. Token ids are drawn at random, the same
-    /// at every run.
-    pub fn measure(&self, test: &Test) -> anyhow::Result<Figures> {
+    /// Runs tests as often as asked for, in turns: what else the machine does meets them all alike. Before that each
+    /// runs alone, which warms up and tells its memory. Token ids are drawn at random, the same at every run.
+    /// `after_turn` is told how often all have run.
+    pub fn measure(&self, tests: &[Test], after_turn: impl Fn(usize)) -> anyhow::Result<Vec<Figures>> {
         let device = self.model.device();
-        let mut limits = Vec::new();
-        if !device.is_cpu() {
-            // What is copied would count as the test's memory. Nothing else runs there, as on a CPU.
-            limits.push(Limits::measure(self.model)?);
-        }
-        device::reset_peaks(device)?;
-        let mut random = Rng::with_seed(0);
-        let mut cache = self.empty_cache();
-        let batch = test.batch();
-        if let Test::Decode { context, .. } = *test
-            && context > 0
-        {
-            self.step(&self.ids(batch * context, &mut random), batch, &mut cache)?;
-        }
-        self.run(test, &mut cache, WARM_UP, &mut random)?;
-        let mut seconds = Vec::new();
-        for _ in 0..self.repetitions {
-            if device.is_cpu() {
+        let mut runs = Vec::new();
+        for (index, test) in tests.iter().enumerate() {
+            let mut limits = Vec::new();
+            if !device.is_cpu() {
+                // What is copied would count as the test's memory. Nothing else runs there, as on a CPU.
                 limits.push(Limits::measure(self.model)?);
             }
-            seconds.push(self.run(test, &mut cache, usize::MAX, &mut random)?.as_secs_f64());
+            device::reset_peaks(device)?;
+            let mut run = Run { random: Rng::with_seed(0), cache: self.empty_cache(), limits, seconds: Vec::new() };
+            self.fill(test, &mut run)?;
+            self.time(test, &mut run, WARM_UP)?;
+            let peaks = (output::peak_rss_bytes(), peak_bytes(device));
+            if index + 1 < tests.len() {
+                run.cache = self.empty_cache();
+            }
+            runs.push((test, run, peaks));
         }
-        let peak_rss_bytes = output::peak_rss_bytes();
-        let peak_device_bytes = peak_bytes(device);
-        let limits = Limits::median(&limits);
-        Ok(Figures { test: *test, cache_dtype: self.cache_dtype, seconds, limits, peak_rss_bytes, peak_device_bytes })
+        for (test, run, _) in &mut runs {
+            if run.cache.is_empty() {
+                run.random = Rng::with_seed(0);
+                self.fill(test, run)?;
+            }
+        }
+        for turn in 1..=self.repetitions {
+            for (test, run, _) in &mut runs {
+                if device.is_cpu() {
+                    run.limits.push(Limits::measure(self.model)?);
+                }
+                let duration = self.time(test, run, usize::MAX)?;
+                run.seconds.push(duration.as_secs_f64());
+            }
+            after_turn(turn);
+        }
+        let figures = runs.into_iter().map(|(test, run, (peak_rss_bytes, peak_device_bytes))| Figures {
+            test: *test,
+            cache_dtype: self.cache_dtype,
+            seconds: run.seconds,
+            limits: Limits::median(&run.limits),
+            peak_rss_bytes,
+            peak_device_bytes,
+        });
+        Ok(figures.collect())
+    }
+
+    /// Puts what comes before the tokens of a test into its cache.
+    fn fill(&self, test: &Test, run: &mut Run) -> anyhow::Result<()> {
+        match *test {
+            Test::Decode { batch, context, .. } if context > 0 => {
+                let ids = self.ids(batch * context, &mut run.random);
+                self.step(&ids, batch, &mut run.cache)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// One repetition, of at most `tokens` tokens where they are generated.
-    fn run(&self, test: &Test, cache: &mut KvCache, tokens: usize, random: &mut Rng) -> anyhow::Result<Duration> {
+    fn time(&self, test: &Test, run: &mut Run, tokens: usize) -> anyhow::Result<Duration> {
         let (batch, per_step, steps) = match *test {
             Test::Prefill { batch, prompt_len } => (batch, prompt_len, 1),
-            Test::Decode { batch, gen_len, .. } => (batch, 1, gen_len.min(tokens)),
+            Test::Decode { batch, context, gen_len } => {
+                run.cache.truncate(context);
+                (batch, 1, gen_len.min(tokens))
+            }
         };
-        match *test {
-            // Its room is part of a prompt's cost.
-            Test::Prefill { .. } => *cache = self.empty_cache(),
-            Test::Decode { context, .. } => cache.truncate(context),
-        }
         let synchronize = || synchronize(self.model.device()).map_err(Error::from);
         synchronize()?;
         let start = Instant::now();
         for _ in 0..steps {
-            self.step(&self.ids(batch * per_step, random), batch, cache)?;
+            let ids = self.ids(batch * per_step, &mut run.random);
+            self.step(&ids, batch, &mut run.cache)?;
         }
         synchronize()?;
-        Ok(start.elapsed())
+        let duration = start.elapsed();
+        if let Test::Prefill { .. } = test {
+            // Its room is part of a prompt's cost, and in no other test's way.
+            run.cache = self.empty_cache();
+        }
+        Ok(duration)
     }
 
     fn empty_cache(&self) -> KvCache {

@@ -52,11 +52,11 @@ pub struct Row {
     pub load_seconds: f64,
     /// Null where the system does not tell, as `peak_rss_bytes`.
     pub load_peak_rss_bytes: Option<usize>,
-    /// While the test ran.
+    /// While the test ran alone.
     pub peak_rss_bytes: Option<usize>,
     /// What the weights have taken on a CUDA device, as it counts; null on the CPU, as the next.
     pub device_bytes: Option<usize>,
-    /// The most that was taken there at a time while the test ran.
+    /// The most that was taken there at a time while the test ran alone.
     pub peak_device_bytes: Option<usize>,
     pub weight_bytes: usize,
     /// The bytes of weights that a step reads: all but tables that are looked up.
