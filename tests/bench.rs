@@ -164,10 +164,11 @@ fn tables_and_comma_separated_values() {
     assert_eq!(lines.len(), 3);
     assert!(lines.iter().all(|line| line.split(',').count() == header.len()), "{csv}");
 
-    // Without -q each result is told as it comes.
+    // Without -q turns and results are told as they come.
     let output = succeeds(&["bench", "--prompt-len", "4", "--gen-len", "2", "--repetitions", "1", "--threads", "1"]);
     let stderr = stderr(&output);
     assert!(stderr.contains("demonstration model"), "{stderr}");
+    assert!(stderr.contains("repetition 1 of 1"), "{stderr}");
     assert!(stderr.contains("prompt of 4: ") && stderr.contains("2 tokens: "), "{stderr}");
 }
 

@@ -220,7 +220,8 @@ fn layers_of_many_blocks_are_the_method_bit_for_bit_on_every_instruction_set() -
         let mut x = small_values(tokens, cols)?.to_vec2::<f32>()?;
         (x[0][3], x[tokens / 2][cols - 1], x[tokens - 1][cols / 2]) = (40.0, -9.0, 6.0);
         let weights = [rows, 5].map(|rows| small_values(rows, cols).unwrap().affine(0.01, 0.003).unwrap());
-        let bias: Vec<f32> = (0..rows).map(|row| row as f32 / 7.0).collect();
+        // Exact in 16 bits as well.
+        let bias: Vec<f32> = (0..rows).map(|row| row as f32 / 8.0).collect();
         let [first, second] = weights.map(|weight| weight.to_vec2::<f32>().unwrap());
         let mut wanted = plain_llm_int8(&x, &first, &bias, Some(OUTLIER_THRESHOLD));
         for (row, more) in wanted.iter_mut().zip(plain_llm_int8(&x, &second, &[0.0; 5], Some(OUTLIER_THRESHOLD))) {
@@ -228,14 +229,17 @@ fn layers_of_many_blocks_are_the_method_bit_for_bit_on_every_instruction_set() -
         }
         let bias = Tensor::new(bias, &Device::Cpu)?;
         let [first, second] = [first, second].map(|weight| Int8Matrix::quantize(&tensor(&weight)).unwrap());
-        for kernels in Kernels::available() {
+        for (kernels, dtype) in
+            Kernels::available().flat_map(|kernels| [DType::F32, DType::F16, DType::BF16].map(|dtype| (kernels, dtype)))
+        {
+            let bias = bias.to_dtype(dtype)?;
             let y = int8_matmul_with(
                 kernels,
                 &tensor(&x),
                 &[(&first, Some(&bias)), (&second, None)],
                 Some(OUTLIER_THRESHOLD),
             )?;
-            assert_eq!(y.to_vec2::<f32>()?, wanted, "{}: {tokens} tokens", kernels.name);
+            assert_eq!(y.to_vec2::<f32>()?, wanted, "{}: {tokens} tokens, bias in {dtype:?}", kernels.name);
         }
     }
     Ok(())

@@ -9,8 +9,8 @@ use super::{Finish, Token, portable};
 /// Weight rows whose sums become outputs together.
 pub(super) const TILE_ROWS: usize = 16;
 
-/// [`token_outputs`](super::Kernels::token_outputs) by a function that gives `Σ codes * weight + excess` of one row,
-/// of nothing for none, in lanes that are yet to be added, and one that adds the lanes of several.
+/// [`token_outputs`](super::Kernels::token_outputs) by a function that gives `Σ codes * weight + excess` of one row, or
+/// lanes that add up to it, and one that adds the lanes of the rows of a tile. Of an empty row the first gives zero.
 #[inline(always)]
 pub(super) fn outputs<Lanes: Copy>(
     token: &Token,
@@ -22,11 +22,12 @@ pub(super) fn outputs<Lanes: Copy>(
     add_lanes: impl Fn(&[Lanes; TILE_ROWS]) -> [i32; TILE_ROWS],
 ) {
     let cols = token.codes.len();
+    assert!(weight.len() == out.len() * cols && token.outlier_columns.len() == with.outliers.len());
     // (columns, rows of a tile).
     let mut outlier_codes = vec![[0i8; TILE_ROWS]; token.outlier_columns.len()];
     for (tile, (weight, out)) in weight.chunks(TILE_ROWS * cols).zip(out.chunks_mut(TILE_ROWS)).enumerate() {
         let first = tile * TILE_ROWS;
-        // They come from memory while the products are made.
+        // Scales come from memory while the products are made.
         prefetch(with.weight_scales[first..].as_ptr());
         let mut sums = [row_sum(&[], &[]); TILE_ROWS];
         for (row, (sum, weight)) in sums.iter_mut().zip(weight.chunks_exact(cols)).enumerate() {

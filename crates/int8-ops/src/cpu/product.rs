@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::one_token::TILE_ROWS;
 use super::tiles::{MANY_TOKENS, prefetch};
 use super::{Activations, FloatDots, FloatSlice, Kernels, Values, team};
 
@@ -46,23 +47,23 @@ pub struct Finish<'a> {
 
 /// How the outputs (tokens, weight rows) of a layer are cut up.
 struct Blocks {
-    /// Weight rows whose sums a kernel makes at a time.
+    /// Weight rows whose sums a kernel makes at a time, where it does not take all that there are.
     rows: usize,
     /// Tokens that are worked on before the weight comes by once more for the next.
     tokens: usize,
-    /// Weight rows that a thread is given at a time.
+    /// Weight rows that threads are not given fewer of at a time.
     rows_per_part: usize,
 }
 
-/// Bytes of a weight that a thread is given at a time when there are few tokens.
+/// Bytes of a weight that a thread is not given fewer of at a time when there are few tokens.
 const BYTES_PER_PART: usize = 1 << 15;
 
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
-    /// from memory. More: blocks that are worth putting codes, or the weight, in another order for; and as
+    /// from memory; whole tiles of an int8 weight. More: blocks that are worth putting codes, or the weight, in another order for; and as
     /// many tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
-        let rows = if tokens == 1 { 16 } else { 64 };
+        let rows = if tokens == 1 { TILE_ROWS } else { 64 };
         let rows_per_part = match tokens {
             ..MANY_TOKENS => (BYTES_PER_PART / row_bytes).next_multiple_of(rows).max(rows),
             _ => rows,
@@ -131,6 +132,7 @@ fn int8_product_of_one(
 ) {
     let token = Token { codes: &x.codes, code_sum: x.code_sums[0], outlier_columns: &x.outliers };
     output.fill_in_parts(Blocks::of(1, x.cols).rows_per_part, |rows, part| {
+        assert_eq!(part.tokens, 1);
         let mut scratch = SCRATCH.take();
         let finish = Finish {
             x_scale: x.scales[0],
@@ -213,8 +215,8 @@ impl OutputColumns<'_> {
         })
     }
 
-    /// Has `fill(rows, part)` write the output in parts of at most `rows_per_part` weight rows, from several
-    /// threads.
+    /// Has `fill(rows, part)` write the output in parts, each of one or several times `rows_per_part` weight rows but
+    /// the last, from several threads.
     fn fill_in_parts(&mut self, rows_per_part: usize, fill: impl Fn(Range<usize>, &mut Part) + Sync) {
         if self.matrix.is_empty() {
             return;

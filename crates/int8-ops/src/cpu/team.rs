@@ -8,7 +8,8 @@
 //! Memory is read the fastest in order, so every thread walks along a stretch of the loop of its own,
 //! and takes from the ends of other stretches only when it is through. Whatever it takes from, it takes
 //! half of what is left: taking waits for all that is on its way from memory, so it should be rare, and
-//! the last that is taken should be small, so that all threads end together.
+//! the last that is taken should be small, so that all threads end together. A thread that is stopped has
+//! at most half of its stretch with it, which the others wait for.
 
 use std::any::Any;
 use std::cell::UnsafeCell;

@@ -64,7 +64,7 @@ pub(super) fn prefetch<T>(place: *const T) {
     let _ = place;
 }
 
-/// `Σ codes * weight` over the columns after a row's last whole vector.
+/// `Σ codes * weight` by a plain loop: over the columns after a row's last whole vector.
 #[inline(always)]
 pub(super) fn int8_tail(codes: &[i8], weight: &[i8]) -> i32 {
     codes.iter().zip(weight).map(|(&code, &weight)| i32::from(code) * i32::from(weight)).sum()

@@ -1,5 +1,5 @@
-//! The int8 product for few tokens: rows of the weight as they lie in memory, read once. With one token they come
-//! one after the other; several, up to 8 at a time, share the loads of four or two rows.
+//! The int8 product for few tokens: rows of the weight as they lie in memory, read once. One token alone takes them one
+//! after the other, see `token_outputs`; several, up to 8 at a time, share the loads of four or two rows.
 
 use std::arch::x86_64::*;
 use std::cell::Cell;

@@ -102,6 +102,7 @@ impl Figures {
 
 /// A test under way.
 struct Run {
+    test: Test,
     random: Rng,
     cache: KvCache,
     limits: Vec<Limits>,
@@ -118,45 +119,47 @@ pub struct Bench<'a> {
 
 impl Bench<'_> {
     /// Runs tests as often as asked for, in turns: what else the machine does meets them all alike. Before that each
-    /// runs alone, which warms up and tells its memory. Token ids are drawn at random, the same at every run.
+    /// runs alone, which warms up and tells its memory. Token ids are drawn at random, the same at every call.
     /// `after_turn` is told how often all have run.
     pub fn measure(&self, tests: &[Test], after_turn: impl Fn(usize)) -> anyhow::Result<Vec<Figures>> {
         let device = self.model.device();
         let mut runs = Vec::new();
-        for (index, test) in tests.iter().enumerate() {
+        let mut peaks = Vec::new();
+        for &test in tests {
+            // Of the one before, which would count as this one's memory.
+            runs.iter_mut().for_each(|run: &mut Run| run.cache = self.empty_cache(&run.test));
             let mut limits = Vec::new();
             if !device.is_cpu() {
-                // What is copied would count as the test's memory. Nothing else runs there, as on a CPU.
+                // What is copied would count as well. Nothing else runs there, as on a CPU.
                 limits.push(Limits::measure(self.model)?);
             }
             device::reset_peaks(device)?;
-            let mut run = Run { random: Rng::with_seed(0), cache: self.empty_cache(), limits, seconds: Vec::new() };
-            self.fill(test, &mut run)?;
-            self.time(test, &mut run, WARM_UP)?;
-            let peaks = (output::peak_rss_bytes(), peak_bytes(device));
-            if index + 1 < tests.len() {
-                run.cache = self.empty_cache();
-            }
-            runs.push((test, run, peaks));
+            let cache = self.empty_cache(&test);
+            let mut run = Run { test, random: Rng::with_seed(0), cache, limits, seconds: Vec::new() };
+            self.fill(&mut run)?;
+            self.time(&mut run, usize::MAX)?;
+            peaks.push((output::peak_rss_bytes(), peak_bytes(device)));
+            runs.push(run);
         }
-        for (test, run, _) in &mut runs {
-            if run.cache.is_empty() {
-                run.random = Rng::with_seed(0);
-                self.fill(test, run)?;
+        // The last one's cache is there still.
+        if let Some((_, others)) = runs.split_last_mut() {
+            for run in others.iter_mut().filter(|run| matches!(run.test, Test::Decode { .. })) {
+                self.fill(run)?;
+                self.time(run, WARM_UP)?;
             }
         }
         for turn in 1..=self.repetitions {
-            for (test, run, _) in &mut runs {
+            for run in &mut runs {
                 if device.is_cpu() {
                     run.limits.push(Limits::measure(self.model)?);
                 }
-                let duration = self.time(test, run, usize::MAX)?;
+                let duration = self.time(run, usize::MAX)?;
                 run.seconds.push(duration.as_secs_f64());
             }
             after_turn(turn);
         }
-        let figures = runs.into_iter().map(|(test, run, (peak_rss_bytes, peak_device_bytes))| Figures {
-            test: *test,
+        let figures = runs.into_iter().zip(peaks).map(|(run, (peak_rss_bytes, peak_device_bytes))| Figures {
+            test: run.test,
             cache_dtype: self.cache_dtype,
             seconds: run.seconds,
             limits: Limits::median(&run.limits),
@@ -166,9 +169,9 @@ impl Bench<'_> {
         Ok(figures.collect())
     }
 
-    /// Puts what comes before the tokens of a test into its cache.
-    fn fill(&self, test: &Test, run: &mut Run) -> anyhow::Result<()> {
-        match *test {
+    /// Puts what comes before a test's tokens into its cache.
+    fn fill(&self, run: &mut Run) -> anyhow::Result<()> {
+        match run.test {
             Test::Decode { batch, context, .. } if context > 0 => {
                 let ids = self.ids(batch * context, &mut run.random);
                 self.step(&ids, batch, &mut run.cache)
@@ -178,8 +181,8 @@ impl Bench<'_> {
     }
 
     /// One repetition, of at most `tokens` tokens where they are generated.
-    fn time(&self, test: &Test, run: &mut Run, tokens: usize) -> anyhow::Result<Duration> {
-        let (batch, per_step, steps) = match *test {
+    fn time(&self, run: &mut Run, tokens: usize) -> anyhow::Result<Duration> {
+        let (batch, per_step, steps) = match run.test {
             Test::Prefill { batch, prompt_len } => (batch, prompt_len, 1),
             Test::Decode { batch, context, gen_len } => {
                 run.cache.truncate(context);
@@ -195,15 +198,16 @@ impl Bench<'_> {
         }
         synchronize()?;
         let duration = start.elapsed();
-        if let Test::Prefill { .. } = test {
+        if let Test::Prefill { .. } = run.test {
             // Its room is part of a prompt's cost, and in no other test's way.
-            run.cache = self.empty_cache();
+            run.cache = self.empty_cache(&run.test);
         }
         Ok(duration)
     }
 
-    fn empty_cache(&self) -> KvCache {
-        KvCache::with_dtype(self.model.num_layers(), self.cache_dtype)
+    /// With room for all of a test's tokens to come, as generation has it.
+    fn empty_cache(&self, test: &Test) -> KvCache {
+        KvCache::with_dtype(self.model.num_layers(), self.cache_dtype).expecting(test.tokens())
     }
 
     /// One pass up to the logits, as generation does it.
