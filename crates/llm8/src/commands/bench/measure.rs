@@ -213,7 +213,7 @@ impl Bench<'_> {
     /// One pass up to the logits, as generation does it.
     fn step(&self, ids: &[u32], batch: usize, cache: &mut KvCache) -> anyhow::Result<()> {
         let logits = self.model.next_logits(ids, batch, cache, interrupt::is_requested).map_err(Error::from)?;
-        logits.map(drop).ok_or_else(|| Failure::interrupted("nothing was measured").into())
+        logits.map(drop).ok_or_else(|| Failure::interrupted("no table is written").into())
     }
 
     /// Token ids (batch * len).
