@@ -9,7 +9,7 @@ use super::super::tiles::{AHEAD, prefetch};
 use super::super::{Finish, Token, one_token};
 
 /// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
-const TILE_ROWS: usize = 16;
+const ROWS_TOGETHER: usize = 16;
 
 /// The most tokens that are worked on together.
 const TOKENS: usize = 8;
@@ -42,12 +42,12 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
     let (tokens, rows) = (code_sums.len(), weight.len() / cols);
     let Room { mut lines, mut row_sums } = ROOM.take();
     pack(codes, tokens, cols, &mut lines);
-    row_sums.resize(TILE_ROWS, [_mm512_setzero_si512(); 16]);
+    row_sums.resize(ROWS_TOGETHER, [_mm512_setzero_si512(); 16]);
     let vectors = cols.div_ceil(64);
-    for (block, weight) in weight.chunks(TILE_ROWS * cols).enumerate() {
+    for (block, weight) in weight.chunks(ROWS_TOGETHER * cols).enumerate() {
         let mut token = 0;
         while token < tokens {
-            let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * TILE_ROWS..]);
+            let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * ROWS_TOGETHER..]);
             token += match group(tokens - token) {
                 1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
                 2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
@@ -151,7 +151,7 @@ fn tile<const T: usize, const R: usize>(
     row_sums: &mut [RowSums],
 ) -> usize {
     let rows = weight.len() / cols;
-    assert!(rows <= TILE_ROWS && sums.len() >= (T - 1) * stride + rows);
+    assert!(rows <= ROWS_TOGETHER && sums.len() >= (T - 1) * stride + rows);
     let vectors = vectors_per_block(cols);
     let blocks = lines[..cols.div_ceil(64) * T].chunks(vectors * T);
     let last = blocks.len() - 1;
@@ -215,7 +215,7 @@ fn add_rows<const T: usize, const R: usize>(
     // vectors of a row are one block, what lies some way on.
     let ahead = match (place.col, place.is_last) {
         (0, true) => AHEAD,
-        (col, true) => TILE_ROWS * cols - col,
+        (col, true) => ROWS_TOGETHER * cols - col,
         (_, false) => count * 64,
     };
     for vector in 0..whole {
