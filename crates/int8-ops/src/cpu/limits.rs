@@ -12,7 +12,7 @@ use super::{Kernels, team, tiles};
 /// Steps of every chain of products in a run: some milliseconds.
 const DOT_STEPS: usize = 2_000_000;
 
-/// Bytes that a thread is not given fewer of at a time.
+/// The fewest bytes that a thread is given at a time.
 const BYTES_PER_PART: usize = 1 << 15;
 
 /// Reads all the bytes, shared among the threads as a layer's weight is, and does as little with them as will

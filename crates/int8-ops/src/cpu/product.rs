@@ -51,17 +51,17 @@ struct Blocks {
     rows: usize,
     /// Tokens that are worked on before the weight comes by once more for the next.
     tokens: usize,
-    /// Weight rows that threads are not given fewer of at a time.
+    /// The fewest weight rows that a thread is given at a time.
     rows_per_part: usize,
 }
 
-/// Bytes of a weight that a thread is not given fewer of at a time when there are few tokens.
+/// The fewest bytes of a weight that a thread is given at a time when there are few tokens.
 const BYTES_PER_PART: usize = 1 << 15;
 
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
-    /// from memory; whole tiles of an int8 weight. More: blocks that are worth putting codes, or the weight, in another order for; and as
-    /// many tokens at a time as leave their codes and sums in the caches.
+    /// from memory; whole tiles of an int8 weight. More: blocks that are worth putting codes, or the weight,
+    /// in another order for; and as many tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
         let rows = if tokens == 1 { TILE_ROWS } else { 64 };
         let rows_per_part = match tokens {
