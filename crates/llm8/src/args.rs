@@ -158,6 +158,21 @@ pub enum PrecisionName {
     F32,
 }
 
+/// What can be measured: the precisions, and int8 with its head in int8 too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchPrecision {
+    /// LLM.int8(): blocks in 8 bits, embedding and head in 16.
+    Int8,
+    /// The same with --int8-head.
+    Int8Head,
+    /// 16-bit floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit floats.
+    F32,
+}
+
 /// What int8 can be compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BaselineName {
@@ -392,8 +407,13 @@ pub struct BenchArgs {
     pub dummy_weights: bool,
 
     /// What the weights of the linear layers are held in.
-    #[arg(long, value_enum, default_values_t = [PrecisionName::Int8], value_delimiter = ',', help_heading = "Precision")]
-    pub precision: Vec<PrecisionName>,
+    #[arg(long, value_enum, default_values_t = [BenchPrecision::Int8], value_delimiter = ',', help_heading = "Precision")]
+    pub precision: Vec<BenchPrecision>,
+
+    /// Keep the model in all precisions in memory, and measure them in turns too, instead of one after the other: what
+    /// else the machine does meets them all alike.
+    #[arg(long, help_heading = "Precision")]
+    pub together: bool,
 
     #[command(flatten)]
     pub int8: Int8Args,

@@ -10,13 +10,13 @@ use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
-use int8_models::{Device, Footprint, LongestContext, ModelFolder, Precision, published};
+use int8_models::{CausalLm, Device, Footprint, Loaded, LongestContext, ModelFolder, Precision, published};
 
 use super::model;
-use crate::args::{BenchArgs, MachineArgs, PrecisionArgs, PrecisionName};
+use crate::args::{BenchArgs, BenchPrecision, Int8Args, MachineArgs, PrecisionArgs, PrecisionName};
 use crate::failure::{self, Failure};
 use crate::{device, interrupt, output};
-use measure::{Bench, Test};
+use measure::{Bench, Figures, Test};
 use report::{Load, Row};
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
@@ -39,8 +39,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 
 /// An error when what is asked for makes no sense, whatever the model.
 fn check(args: &BenchArgs) -> anyhow::Result<()> {
-    if !args.precision.contains(&PrecisionName::Int8) {
-        model::check_flags(&precision_args(args, args.precision[0]))?;
+    let precisions: Vec<PrecisionArgs> = args.precision.iter().map(|&name| precision_args(args, name)).collect();
+    if precisions.iter().all(|precision| precision.precision != PrecisionName::Int8) {
+        model::check_flags(&precisions[0])?;
     }
     if tests(args).is_empty() {
         return Err(Failure::usage("--prompt-len 0 and --gen-len 0 leave nothing to measure").into());
@@ -64,12 +65,25 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
     tests
 }
 
-fn precision_args(args: &BenchArgs, precision: PrecisionName) -> PrecisionArgs {
-    PrecisionArgs { precision, int8: args.int8.clone() }
+fn precision_args(args: &BenchArgs, precision: BenchPrecision) -> PrecisionArgs {
+    let int8 = args.int8.clone();
+    let (precision, int8_head) = match precision {
+        BenchPrecision::Int8 => (PrecisionName::Int8, int8.int8_head),
+        BenchPrecision::Int8Head => (PrecisionName::Int8, true),
+        BenchPrecision::F16 => (PrecisionName::F16, int8.int8_head),
+        BenchPrecision::Bf16 => (PrecisionName::Bf16, int8.int8_head),
+        BenchPrecision::F32 => (PrecisionName::F32, int8.int8_head),
+    };
+    PrecisionArgs { precision, int8: Int8Args { int8_head, ..int8 } }
 }
 
 fn precisions(args: &BenchArgs, folder: &ModelFolder) -> anyhow::Result<Vec<Precision>> {
     args.precision.iter().map(|&name| model::precision(&precision_args(args, name), folder)).collect()
+}
+
+/// The precisions in the order they are measured in, those that are in memory at once side by side.
+fn at_once<'a>(args: &BenchArgs, precisions: &'a [Precision]) -> impl Iterator<Item = &'a [Precision]> {
+    precisions.chunks(if args.together { precisions.len() } else { 1 })
 }
 
 /// Measures each number of threads in a process of its own, as a pool of threads is started once; each has
@@ -102,26 +116,27 @@ fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
     interrupt::listen(args.output.quiet);
     let (tests, precisions) = (tests(args), precisions(args, &folder)?);
 
-    let mut measured = Vec::new();
-    for precision in &precisions {
-        let (load, figures) = measure_precision(args, &folder, precision, &device, &tests)?;
-        measured.push((precision, load, figures));
+    let mut rows = Vec::new();
+    for precisions in at_once(args, &precisions) {
+        let loaded = precisions.iter().map(|precision| load(args, &folder, precision, &device));
+        let loaded = loaded.collect::<anyhow::Result<Vec<_>>>()?;
+        let models: Vec<&dyn CausalLm> = loaded.iter().map(|(loaded, _)| loaded.model.as_ref()).collect();
+        let figures = measure_in_turns(args, precisions, &models, &tests)?;
+        let name = model::name(&args.model);
+        for ((precision, (_, load)), figures) in precisions.iter().zip(&loaded).zip(&figures) {
+            rows.extend(figures.iter().map(|figures| Row::new(&name, precision, load, figures)));
+        }
     }
-    let name = model::name(&args.model);
-    let rows = measured
-        .iter()
-        .flat_map(|(precision, load, figures)| figures.iter().map(|figures| Row::new(&name, precision, load, figures)));
-    Ok(rows.collect())
+    Ok(rows)
 }
 
-/// Loads the model in one precision, and runs every test.
-fn measure_precision(
+/// Loads the model in one precision, or draws its weights.
+fn load(
     args: &BenchArgs,
     folder: &ModelFolder,
     precision: &Precision,
     device: &Device,
-    tests: &[Test],
-) -> anyhow::Result<(Load, Vec<measure::Figures>)> {
+) -> anyhow::Result<(Loaded, Load)> {
     device::reset_peaks(device)?;
     let loaded = match args.dummy_weights {
         true => model::load_dummy_with_progress(folder, precision.clone(), device, &args.output)?,
@@ -129,22 +144,32 @@ fn measure_precision(
             .map_err(|error| with_dummy_hint(error, !weights_are_missing(folder)))?,
     };
     let load = Load::new(args.dummy_weights, &loaded);
-    let bench = Bench {
-        model: loaded.model.as_ref(),
-        repetitions: args.repetitions.into(),
-        cache_dtype: model::cache_dtype(args.cache, device)?,
-    };
-    let name = format!("{}, {}", precision.name(), text::threads(rayon::current_num_threads()));
-    let say = |text: &str| {
+    Ok((loaded, load))
+}
+
+/// Runs every test of the models, one for each precision; the figures of each model.
+fn measure_in_turns(
+    args: &BenchArgs,
+    precisions: &[Precision],
+    models: &[&dyn CausalLm],
+    tests: &[Test],
+) -> anyhow::Result<Vec<Vec<Figures>>> {
+    let bench =
+        Bench { repetitions: args.repetitions.into(), cache_dtype: model::cache_dtype(args.cache, models[0].device())? };
+    let say = |names: &str, text: &str| {
         if !args.output.quiet {
-            output::say(&format!("{name}: {text}"));
+            output::say(&format!("{names}, {}: {text}", text::threads(rayon::current_num_threads())));
         }
     };
-    let figures = bench.measure(tests, |turn| say(&format!("repetition {turn} of {}", args.repetitions)))?;
-    for figures in &figures {
-        say(&format!("{}: {} tokens/s", figures.test, text::rate(figures.tokens_per_second().median)));
+    let names: Vec<String> = precisions.iter().map(model::precision_label).collect();
+    let after_turn = |turn| say(&names.join(" and "), &format!("repetition {turn} of {}", args.repetitions));
+    let figures = bench.measure(models, tests, after_turn)?;
+    for (name, figures) in names.iter().zip(&figures) {
+        for figures in figures {
+            say(name, &format!("{}: {} tokens/s", figures.test, text::rate(figures.tokens_per_second().median)));
+        }
     }
-    Ok((load, figures))
+    Ok(figures)
 }
 
 /// The folder of the model; for random weights its config alone.
@@ -194,7 +219,7 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyho
             .map(|test| test.batch() * test.tokens())
     };
     let cached = cached(true).sum::<usize>() + cached(false).max().unwrap_or(0);
-    precisions(args, folder)?.into_iter().try_for_each(|precision| {
-        model::check_memory(cached, args.cache, folder, &[precision], &args.processor, device, "")
+    at_once(args, &precisions(args, folder)?).try_for_each(|precisions| {
+        model::check_memory(cached, args.cache, folder, precisions, &args.processor, device, "")
     })
 }

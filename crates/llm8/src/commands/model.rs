@@ -138,6 +138,21 @@ pub fn precision(args: &PrecisionArgs, folder: &ModelFolder) -> anyhow::Result<P
     })
 }
 
+/// Whether the precision holds the head in int8.
+pub fn has_int8_head(precision: &Precision) -> bool {
+    matches!(precision, Precision::Int8(options) if options.head)
+}
+
+/// What a reader calls a precision.
+pub fn precision_label(precision: &Precision) -> String {
+    with_head(precision.name(), has_int8_head(precision))
+}
+
+/// What a reader calls a precision of this name.
+pub fn with_head(name: &str, has_int8_head: bool) -> String {
+    if has_int8_head { format!("{name} + head") } else { name.to_string() }
+}
+
 /// How int8 is to be applied to the model in `folder`.
 pub fn int8_options(args: &Int8Args, folder: &ModelFolder) -> anyhow::Result<Int8Options> {
     let threshold = match args.threshold {
@@ -219,7 +234,7 @@ pub fn check_memory(
     let hint = if is_roomier { format!("{hint}; with --device cpu it would fit") } else { hint };
     let weights: u64 = precisions.iter().map(|precision| footprint.weights(precision).total()).sum();
     let hint = if weights <= free { format!("{hint}; fewer tokens need less") } else { hint };
-    let names = precisions.iter().map(Precision::name).collect::<Vec<_>>().join(" and ");
+    let names = precisions.iter().map(precision_label).collect::<Vec<_>>().join(" and ");
     let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(free));
     let place = if device.is_cpu() { String::new() } else { format!(" on {}", label(device)) };
     let tokens = output::thousands(tokens as u64);

@@ -100,8 +100,9 @@ impl Figures {
     }
 }
 
-/// A test under way.
-struct Run {
+/// A test of a model under way.
+struct Run<'a> {
+    model: &'a dyn CausalLm,
     test: Test,
     random: Rng,
     cache: KvCache,
@@ -110,33 +111,38 @@ struct Run {
     seconds: Vec<f64>,
 }
 
-/// A loaded model to measure.
-pub struct Bench<'a> {
-    pub model: &'a dyn CausalLm,
+/// How tests are run.
+pub struct Bench {
     pub repetitions: usize,
     pub cache_dtype: CacheDtype,
 }
 
-impl Bench<'_> {
-    /// Runs tests as often as asked for, in turns: what else the machine does meets them all alike. Before that each
-    /// runs alone, which warms up and tells its memory. Token ids are drawn at random, the same at every call.
-    /// `after_turn` is told how often all have run.
-    pub fn measure(&self, tests: &[Test], after_turn: impl Fn(usize)) -> anyhow::Result<Vec<Figures>> {
-        let device = self.model.device();
+impl Bench {
+    /// Runs tests of the models, which are on one device, as often as asked for, in turns: what else the machine does
+    /// meets them all alike. Before that each runs alone, which warms up and tells its memory. Token ids are drawn at
+    /// random, the same at every call. `after_turn` is told how often all have run. The figures of each model.
+    pub fn measure(
+        &self,
+        models: &[&dyn CausalLm],
+        tests: &[Test],
+        after_turn: impl Fn(usize),
+    ) -> anyhow::Result<Vec<Vec<Figures>>> {
+        let device = models[0].device();
         let mut runs = Vec::new();
         let mut peaks = Vec::new();
-        for &test in tests {
+        // What may be compared with each other stands side by side: one test of all models.
+        for (&test, &model) in tests.iter().flat_map(|test| models.iter().map(move |model| (test, model))) {
             // Of the one before, which would count as this one's memory.
-            runs.iter_mut().for_each(|run: &mut Run| run.cache = self.empty_cache(&run.test));
+            runs.iter_mut().for_each(|run: &mut Run| run.cache = self.empty_cache(run.model, &run.test));
             let mut limits = Vec::new();
             if !device.is_cpu() {
                 // What is copied would count as well. Nothing else runs there, as on a CPU.
-                limits.push(Limits::measure(self.model)?);
+                limits.push(Limits::measure(model)?);
             }
             device::reset_peaks(device)?;
-            let cache = self.empty_cache(&test);
-            let mut run = Run { test, random: Rng::with_seed(0), cache, limits, seconds: Vec::new() };
-            self.fill(&mut run)?;
+            let cache = self.empty_cache(model, &test);
+            let mut run = Run { model, test, random: Rng::with_seed(0), cache, limits, seconds: Vec::new() };
+            run.fill()?;
             self.time(&mut run, usize::MAX)?;
             peaks.push((output::peak_rss_bytes(), peak_bytes(device)));
             runs.push(run);
@@ -144,40 +150,32 @@ impl Bench<'_> {
         // The last one's cache is there still.
         if let Some((_, others)) = runs.split_last_mut() {
             for run in others.iter_mut().filter(|run| matches!(run.test, Test::Decode { .. })) {
-                self.fill(run)?;
+                run.fill()?;
                 self.time(run, WARM_UP)?;
             }
         }
         for turn in 1..=self.repetitions {
             for run in &mut runs {
                 if device.is_cpu() {
-                    run.limits.push(Limits::measure(self.model)?);
+                    run.limits.push(Limits::measure(run.model)?);
                 }
                 let duration = self.time(run, usize::MAX)?;
                 run.seconds.push(duration.as_secs_f64());
             }
             after_turn(turn);
         }
-        let figures = runs.into_iter().zip(peaks).map(|(run, (peak_rss_bytes, peak_device_bytes))| Figures {
-            test: run.test,
-            cache_dtype: self.cache_dtype,
-            seconds: run.seconds,
-            limits: Limits::median(&run.limits),
-            peak_rss_bytes,
-            peak_device_bytes,
-        });
-        Ok(figures.collect())
-    }
-
-    /// Puts what comes before a test's tokens into its cache.
-    fn fill(&self, run: &mut Run) -> anyhow::Result<()> {
-        match run.test {
-            Test::Decode { batch, context, .. } if context > 0 => {
-                let ids = self.ids(batch * context, &mut run.random);
-                self.step(&ids, batch, &mut run.cache)
-            }
-            _ => Ok(()),
+        let mut of_models: Vec<Vec<Figures>> = models.iter().map(|_| Vec::new()).collect();
+        for (index, (run, (peak_rss_bytes, peak_device_bytes))) in runs.into_iter().zip(peaks).enumerate() {
+            of_models[index % models.len()].push(Figures {
+                test: run.test,
+                cache_dtype: self.cache_dtype,
+                seconds: run.seconds,
+                limits: Limits::median(&run.limits),
+                peak_rss_bytes,
+                peak_device_bytes,
+            });
         }
+        Ok(of_models)
     }
 
     /// One repetition, of at most `tokens` tokens where they are generated.
@@ -189,36 +187,43 @@ impl Bench<'_> {
                 (batch, 1, gen_len.min(tokens))
             }
         };
-        let synchronize = || synchronize(self.model.device()).map_err(Error::from);
+        let synchronize = || synchronize(run.model.device()).map_err(Error::from);
         synchronize()?;
         let start = Instant::now();
         for _ in 0..steps {
-            let ids = self.ids(batch * per_step, &mut run.random);
-            self.step(&ids, batch, &mut run.cache)?;
+            run.step(batch, per_step)?;
         }
         synchronize()?;
         let duration = start.elapsed();
         if let Test::Prefill { .. } = run.test {
             // Its room is part of a prompt's cost, and in no other test's way.
-            run.cache = self.empty_cache(&run.test);
+            run.cache = self.empty_cache(run.model, &run.test);
         }
         Ok(duration)
     }
 
     /// With room for all of a test's tokens to come, as generation has it.
-    fn empty_cache(&self, test: &Test) -> KvCache {
-        KvCache::with_dtype(self.model.num_layers(), self.cache_dtype).expecting(test.tokens())
+    fn empty_cache(&self, model: &dyn CausalLm, test: &Test) -> KvCache {
+        KvCache::with_dtype(model.num_layers(), self.cache_dtype).expecting(test.tokens())
+    }
+}
+
+impl Run<'_> {
+    /// Puts what comes before a test's tokens into its cache.
+    fn fill(&mut self) -> anyhow::Result<()> {
+        match self.test {
+            Test::Decode { batch, context, .. } if context > 0 => self.step(batch, context),
+            _ => Ok(()),
+        }
     }
 
-    /// One pass up to the logits, as generation does it.
-    fn step(&self, ids: &[u32], batch: usize, cache: &mut KvCache) -> anyhow::Result<()> {
-        let logits = self.model.next_logits(ids, batch, cache, interrupt::is_requested).map_err(Error::from)?;
+    /// One pass of `len` random tokens a sequence up to the logits, as generation does it.
+    fn step(&mut self, batch: usize, len: usize) -> anyhow::Result<()> {
+        let vocab_size = self.model.vocab_size() as u32;
+        let ids: Vec<u32> = (0..batch * len).map(|_| self.random.u32(..vocab_size)).collect();
+        let logits = self.model.next_logits(&ids, batch, &mut self.cache, interrupt::is_requested);
+        let logits = logits.map_err(Error::from)?;
         logits.map(drop).ok_or_else(|| Failure::interrupted("no table is written").into())
-    }
-
-    /// Token ids (batch * len).
-    fn ids(&self, count: usize, random: &mut Rng) -> Vec<u32> {
-        (0..count).map(|_| random.u32(..self.model.vocab_size() as u32)).collect()
     }
 }
 

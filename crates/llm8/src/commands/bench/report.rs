@@ -6,6 +6,7 @@ use int8_ops::device;
 use serde::{Deserialize, Serialize};
 
 use super::measure::{Figures, Test};
+use crate::commands::model;
 use crate::output;
 
 /// What a test has found.
@@ -16,7 +17,7 @@ pub struct Row {
     pub dummy_weights: bool,
     pub precision: String,
     pub int8_head: bool,
-    /// What keys and values are cached in: `f16` or `f32`.
+    /// What keys and values are cached in: `int16`, `f16` and so on.
     pub cache_dtype: String,
     /// `cpu` or `cuda:N`.
     pub device: String,
@@ -52,7 +53,7 @@ pub struct Row {
     pub load_seconds: f64,
     /// Null where the system does not tell, as `peak_rss_bytes`.
     pub load_peak_rss_bytes: Option<usize>,
-    /// While the test ran alone.
+    /// While the test ran alone. Models that are in memory as well count here and above.
     pub peak_rss_bytes: Option<usize>,
     /// What the weights have taken on a CUDA device, as it counts; null on the CPU, as the next.
     pub device_bytes: Option<usize>,
@@ -131,7 +132,7 @@ impl Row {
             model: model.to_string(),
             dummy_weights: load.dummy_weights,
             precision: precision.name().to_string(),
-            int8_head: matches!(precision, Precision::Int8(options) if options.head),
+            int8_head: model::has_int8_head(precision),
             cache_dtype: figures.cache_dtype.name().to_string(),
             device: load.device.clone(),
             device_name: load.device_name.clone(),

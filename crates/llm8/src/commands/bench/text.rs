@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::limits::median;
 use super::report::Row;
+use crate::commands::model;
 use crate::output::{precise_bytes, thousands};
 
 /// Columns that hold words, and are not set to the right.
@@ -52,7 +53,7 @@ fn heading_line(rows: &[Row]) -> String {
 }
 
 fn precision(row: &Row) -> String {
-    if row.int8_head { format!("{} + head", row.precision) } else { row.precision.clone() }
+    model::with_head(&row.precision, row.int8_head)
 }
 
 fn test(row: &Row) -> String {
