@@ -2,6 +2,8 @@
 
 mod cache;
 
+use std::mem::MaybeUninit;
+
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
@@ -97,7 +99,7 @@ impl CustomOp3 for Attention {
                 .attend(&queries, FloatCache { keys: &keys[from_key..], values: &values[from_value..], capacity: len }),
             _ => bail!("attention: a cache must be of integers, F16 or F32"),
         };
-        Ok((CpuStorage::F32(out), (batch, tokens, heads * head_dim).into()))
+        Ok((CpuStorage::F32(out?), (batch, tokens, heads * head_dim).into()))
     }
 
     #[cfg(feature = "cuda")]
@@ -118,10 +120,13 @@ impl CustomOp3 for Attention {
 }
 
 impl Attention {
-    fn attend(&self, queries: &Queries, cache: impl cpu::Cache) -> Vec<f32> {
-        let mut out = cpu::zeros(queries.batch * queries.tokens * queries.heads * queries.head_dim);
+    fn attend(&self, queries: &Queries, cache: impl cpu::Cache) -> Result<Vec<f32>> {
         let scale = 1.0 / (queries.head_dim as f32).sqrt();
-        cpu::attend(self.kernels, queries, cache, self.past, scale, self.slopes.as_deref(), &mut out);
-        out
+        let attend = |out: &mut [MaybeUninit<f32>]| {
+            cpu::attend(self.kernels, queries, cache, self.past, scale, self.slopes.as_deref(), out);
+            Ok(())
+        };
+        // SAFETY: every head of every token is written.
+        unsafe { cpu::written(queries.batch * queries.tokens * queries.heads * queries.head_dim, attend) }
     }
 }

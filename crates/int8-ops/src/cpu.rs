@@ -18,6 +18,7 @@ mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod one_token;
+mod places;
 mod portable;
 mod product;
 pub(crate) mod team;
@@ -136,10 +137,19 @@ pub type LayerNormRow = fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, ou
 pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2], sums: &mut [f32], width: usize);
 
 /// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
-/// `lanes` l, a multiple of 16, for a (rows, ..), b (.., width), and sums (rows, width). With one row, what lies
-/// `ahead` pairs from every line of b is brought to the cache meanwhile: it is what comes next; 0 for nothing.
-pub type PairSums<C> =
-    fn(a: &[Pair], depth: usize, b: &[[C; 2]], sums: &mut [i32], width: usize, lanes: usize, ahead: isize);
+/// `lanes` l, a multiple of 16, for a (rows, ..) and sums (rows, width). Lanes of b lie as in [`OuterSum`], and end where it
+/// does. One row walks along b as it lies in memory, and asks ahead for the rest of it and then for `next`, which
+/// need not exist.
+pub type PairSums<C> = fn(
+    a: &[Pair],
+    depth: usize,
+    b: &[[C; 2]],
+    strides: [usize; 2],
+    sums: &mut [i32],
+    width: usize,
+    lanes: usize,
+    next: Range<*const [C; 2]>,
+);
 
 /// The integer sums (queries, 64) of queries with a block of keys become the codes (queries, 64) of their weights, each
 /// times its value's scale, zero where a key is not seen: sums beyond what a query sees may be anything. `weights` is

@@ -113,20 +113,22 @@ proptest! {
         (rows, depth, vectors) in (1..14usize, 1..70usize, 1..7usize),
         codes in prop::collection::vec(-32_767i16..=32_767, 7919),
         spare in 0..2usize,
+        are_apart in prop::bool::ANY,
     ) {
         let (width, lanes) = (16 * (vectors + spare), 16 * vectors);
+        let strides = if are_apart { [16, 16 * depth] } else { [width, 16] };
         let pairs = |skip: usize, count: usize| (0..count).map(|i| [0, 1].map(|part| codes[(skip + 2 * i + part) % codes.len()])).collect::<Vec<_>>();
         let (a, b) = (pairs(0, rows * (depth + spare)), pairs(17, depth * width));
         let bytes: Vec<[i8; 2]> = b.iter().map(|pair| pair.map(|code| code as i8)).collect();
         for kernels in Kernels::available() {
             let (mut sums, mut byte_sums) = (vec![7i32; rows * width], vec![7i32; rows * width]);
-            (kernels.pair_sums)(&a, depth, &b, &mut sums, width, lanes, -64);
-            (kernels.byte_pair_sums)(&a, depth, &bytes, &mut byte_sums, width, lanes, 64);
+            (kernels.pair_sums)(&a, depth, &b, strides, &mut sums, width, lanes, a.as_ptr_range());
+            (kernels.byte_pair_sums)(&a, depth, &bytes, strides, &mut byte_sums, width, lanes, bytes.as_ptr_range());
             for index in (0..sums.len()).filter(|index| index % width < lanes) {
                 let (row, lane) = (index / width, index % width);
                 let wanted = |b: &dyn Fn(usize) -> [i64; 2]| {
                     let products = (0..depth).flat_map(|k| {
-                        let (a, b) = (a[row * (depth + spare) + k], b(k * width + lane));
+                        let (a, b) = (a[row * (depth + spare) + k], b(k * strides[0] + lane / 16 * strides[1] + lane % 16));
                         [0, 1].map(|part| i64::from(a[part]) * b[part])
                     });
                     products.sum::<i64>() as i32

@@ -13,8 +13,10 @@ pub use integer::{BlockScales, Bound, Pair, Query};
 pub(super) use integer::{CODE_NORM, LARGEST, LARGEST_VALUE_CODE};
 pub(crate) use integer::{CacheCode, IntegerCache, key_record, value_record, write_key, write_value};
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::places::Places;
 use super::{Kernels, team};
 
 /// Keys whose scores are worked on at a time.
@@ -40,9 +42,12 @@ pub(crate) struct Queries<'a> {
 
 /// The keys and values that a layer has cached, in one of the forms that they are cached in.
 pub(crate) trait Cache: Copy + Sync {
-    /// softmax(q k^T + slope * key position) v over the keys up to each query's own position, (queries,
-    /// padded head_dim).
-    fn attend(&self, kernels: &Kernels, head: &Head) -> Vec<f32>;
+    /// What it works in, from one head to the next.
+    type Room: Default;
+
+    /// softmax(q k^T + slope * key position) v over the keys up to each query's own position becomes `contexts`
+    /// (queries, padded head_dim).
+    fn attend(&self, kernels: &Kernels, head: &Head, contexts: &mut Vec<f32>, room: &mut Self::Room);
 }
 
 /// Some queries of one head that follow one another.
@@ -84,7 +89,7 @@ pub(crate) fn padded(head_dim: usize) -> usize {
 }
 
 /// softmax(scale * q k^T + slope * key position) v over the keys up to each query's own position, into
-/// `out` (batch, tokens, heads, head_dim); `past` tokens come before the first query. ALiBi comes by a
+/// `out` (batch, tokens, heads, head_dim), all of which it writes; `past` tokens come before the first query. ALiBi comes by a
 /// slope for each head: what is constant over the keys changes no softmax, so the key's absolute position
 /// serves every query.
 pub(crate) fn attend(
@@ -94,61 +99,44 @@ pub(crate) fn attend(
     past: usize,
     scale: f32,
     slopes: Option<&[f32]>,
-    out: &mut [f32],
+    out: &mut [MaybeUninit<f32>],
 ) {
     let &Queries { heads, tokens, head_dim, .. } = queries;
     let units_per_head = tokens.div_ceil(QUERIES_PER_UNIT);
-    let mut units: Vec<Unit> = (0..queries.batch * heads * units_per_head)
-        .map(|index| {
-            let (row, first) = (index / units_per_head, index % units_per_head * QUERIES_PER_UNIT);
-            Unit { row, first, outputs: Vec::new() }
-        })
-        .collect();
-    for (index, output) in out.chunks_mut(head_dim).enumerate() {
-        let (token, head) = (index / heads, index % heads);
-        let row = token / tokens * heads + head;
-        units[row * units_per_head + token % tokens / QUERIES_PER_UNIT].outputs.push(output);
-    }
     let products = 2 * QUERIES_PER_UNIT.min(tokens) * (past + tokens) * head_dim;
     let units_per_part = (PRODUCTS_PER_PART / products.max(1)).max(1);
-    let mut parts = Vec::new();
-    let mut units = units.into_iter().peekable();
-    while units.peek().is_some() {
-        parts.push(units.by_ref().take(units_per_part).collect::<Vec<_>>());
-    }
-    team::for_each(parts, |units| {
+    let out = Places::new(out);
+    team::for_each_range(queries.batch * heads * units_per_head, units_per_part, |units| {
+        let (mut scaled, mut contexts, mut room) = (Vec::new(), Vec::new(), Default::default());
         for unit in units {
-            let Unit { row, first, outputs } = unit;
-            let slope = slopes.map_or(0.0, |slopes| slopes[row % heads]);
-            let scaled = queries.scaled(row, first..first + outputs.len(), scale);
-            let head = Head { row, queries: &scaled, head_dim, position: past + first, slope };
-            let contexts = cache.attend(kernels, &head);
-            for (output, context) in outputs.into_iter().zip(contexts.chunks(padded(head_dim))) {
-                output.copy_from_slice(&context[..head_dim]);
+            let (row, first) = (unit / units_per_head, unit % units_per_head * QUERIES_PER_UNIT);
+            let (sequence, head) = (row / heads, row % heads);
+            let of_unit = first..tokens.min(first + QUERIES_PER_UNIT);
+            queries.scale(row, of_unit.clone(), scale, &mut scaled);
+            let slope = slopes.map_or(0.0, |slopes| slopes[head]);
+            cache.attend(
+                kernels,
+                &Head { row, queries: &scaled, head_dim, position: past + first, slope },
+                &mut contexts,
+                &mut room,
+            );
+            for (token, context) in of_unit.zip(contexts.chunks(padded(head_dim))) {
+                let place = ((sequence * tokens + token) * heads + head) * head_dim;
+                // SAFETY: a head's place for a token belongs to one unit.
+                unsafe { out.take(place..place + head_dim) }.write_copy_of_slice(&context[..head_dim]);
             }
         }
     });
 }
 
-/// Some queries of one head, and where their results go.
-struct Unit<'a> {
-    /// Which of (batch, heads).
-    row: usize,
-    /// The first query's token.
-    first: usize,
-    /// (queries) of (head_dim).
-    outputs: Vec<&'a mut [f32]>,
-}
-
 impl Queries<'_> {
-    /// The queries (tokens, head_dim) of one of (batch, heads), times `scale`.
-    fn scaled(&self, row: usize, tokens: Range<usize>, scale: f32) -> Vec<f32> {
+    /// Puts the queries (tokens, head_dim) of one of (batch, heads), times `scale`, into `scaled`.
+    fn scale(&self, row: usize, tokens: Range<usize>, scale: f32, scaled: &mut Vec<f32>) {
         let start = row / self.heads * self.strides[0] + row % self.heads * self.strides[1];
-        let mut scaled = Vec::with_capacity(tokens.len() * self.head_dim);
+        scaled.clear();
         for token in tokens {
             let query = &self.values[start + token * self.strides[2]..][..self.head_dim];
             scaled.extend(query.iter().map(|value| value * scale));
         }
-        scaled
     }
 }

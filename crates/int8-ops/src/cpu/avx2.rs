@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
 use super::elementwise::elementwise_kernels;
-use super::tiles::{MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch, prefetch_after};
+use super::tiles::{Ahead, MANY_TOKENS, float_tail, for_each_tile, int8_tail, prefetch_after};
 use super::{Finish, Kernels, Pair, Token, one_token, portable};
 
 elementwise_kernels!("avx2,fma,f16c");
@@ -28,11 +29,11 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
-    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
-        pair_sums::<i16>(a, depth, b, sums, width, lanes, ahead)
+    pair_sums: |a, depth, b, strides, sums, width, lanes, next| unsafe {
+        pair_sums::<i16>(a, depth, b, strides, sums, width, lanes, next)
     },
-    byte_pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
-        pair_sums::<i8>(a, depth, b, sums, width, lanes, ahead)
+    byte_pair_sums: |a, depth, b, strides, sums, width, lanes, next| unsafe {
+        pair_sums::<i8>(a, depth, b, strides, sums, width, lanes, next)
     },
     ..elementwise::KERNELS
 };
@@ -294,63 +295,80 @@ impl WidenPairs for i8 {
 }
 
 #[target_feature(enable = "avx2")]
+#[expect(clippy::too_many_arguments)]
 fn pair_sums<C: WidenPairs>(
     a: &[Pair],
     depth: usize,
     b: &[[C; 2]],
+    strides: [usize; 2],
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    ahead: isize,
+    next: Range<*const [C; 2]>,
 ) {
+    let ahead = Ahead::new(b, next);
     let rows = sums.len() / width;
     let stride = a.len() / rows;
-    for lane in (0..lanes).step_by(16) {
-        let b = &b[lane..];
+    let mut lane = 0;
+    while lane < lanes {
+        let b = &b[lane / 16 * strides[1]..];
+        // Where lanes lie side by side one row takes many, as memory likes it best.
+        if rows == 1 && strides[1] == 16 && lanes - lane >= 64 {
+            pair_tile::<C, 1, 4>(a, stride, depth, b, strides, &mut sums[lane..], width, &ahead);
+            lane += 64;
+            continue;
+        }
         let mut row = 0;
         while row < rows {
             let (a, sums) = (&a[row * stride..], &mut sums[row * width + lane..]);
             row += match rows - row {
-                1 => pair_tile::<C, 1>(a, stride, depth, b, sums, width, ahead),
-                2 | 3 => pair_tile::<C, 2>(a, stride, depth, b, sums, width, 0),
-                _ => pair_tile::<C, 4>(a, stride, depth, b, sums, width, 0),
+                1 => pair_tile::<C, 1, 1>(a, stride, depth, b, strides, sums, width, &ahead),
+                2 | 3 => pair_tile::<C, 2, 1>(a, stride, depth, b, strides, sums, width, &ahead),
+                _ => pair_tile::<C, 4, 1>(a, stride, depth, b, strides, sums, width, &ahead),
             };
         }
+        lane += 16;
     }
 }
 
-/// R rows by 16 lanes of [`PairSums`](super::PairSums); gives R.
+/// R rows by V times 16 lanes of [`PairSums`](super::PairSums); gives R.
 #[target_feature(enable = "avx2")]
-fn pair_tile<C: WidenPairs, const R: usize>(
+#[expect(clippy::too_many_arguments)]
+fn pair_tile<C: WidenPairs, const R: usize, const V: usize>(
     a: &[Pair],
     stride: usize,
     depth: usize,
     b: &[[C; 2]],
+    strides: [usize; 2],
     sums: &mut [i32],
     width: usize,
-    ahead: isize,
+    ahead: &Ahead<[C; 2]>,
 ) -> usize {
-    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + 16);
-    assert!(b.len() >= (depth - 1) * width + 16);
-    let mut acc = [[_mm256_setzero_si256(); 2]; R];
+    assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
+    assert!(b.len() >= (depth - 1) * strides[0] + (V - 1) * strides[1] + 16);
+    let mut acc = [[[_mm256_setzero_si256(); 2]; V]; R];
     for k in 0..depth {
-        if R == 1 && ahead != 0 {
-            prefetch(b.as_ptr().wrapping_add(k * width).wrapping_offset(ahead));
-        }
-        // SAFETY: 16 lanes of b[k], and a[r, k], lie in the slices (asserted above); a pair of a is 32 bits.
-        let vectors: [__m256i; 2] = std::array::from_fn(|v| unsafe { C::load(b.as_ptr().add(k * width + v * 8)) });
-        for (r, acc) in acc.iter_mut().enumerate() {
+        let vectors: [[__m256i; 2]; V] = std::array::from_fn(|v| {
+            // SAFETY: V times 16 lanes of b[k] lie in the slice (asserted above).
+            let place = unsafe { b.as_ptr().add(k * strides[0] + v * strides[1]) };
+            if R == 1 && Ahead::<[C; 2]>::is_due(k * V + v) {
+                ahead.prefetch(place);
+            }
             // SAFETY: as above.
+            unsafe { [C::load(place), C::load(place.add(8))] }
+        });
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: a[r, k] lies in the slice (asserted above); a pair is 32 bits.
             let a = _mm256_set1_epi32(unsafe { a.as_ptr().add(r * stride + k).cast::<i32>().read_unaligned() });
-            for (acc, vector) in acc.iter_mut().zip(vectors) {
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(a, vector));
+            for (acc, vector) in acc.as_flattened_mut().iter_mut().zip(vectors.as_flattened()) {
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(a, *vector));
             }
         }
     }
     for (r, acc) in acc.into_iter().enumerate() {
-        for (v, acc) in acc.into_iter().enumerate() {
+        for (v, acc) in acc.as_flattened().iter().enumerate() {
             // SAFETY: the sums lie in the slice (asserted above).
-            unsafe { _mm256_storeu_si256(sums.as_mut_ptr().add(r * width + v * 8).cast(), acc) };
+            unsafe { _mm256_storeu_si256(sums.as_mut_ptr().add(r * width + v * 8).cast(), *acc) };
         }
     }
     R

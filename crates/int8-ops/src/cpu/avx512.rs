@@ -35,11 +35,11 @@ pub(super) const KERNELS: Kernels = Kernels {
     bf16_dots: |x, weight, cols, sums| unsafe { float_dots::<bf16>(x, weight, cols, sums) },
     f32_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f32>(a, depth, b, strides, sums, width) },
     f16_outer: |a, depth, b, strides, sums, width| unsafe { outer_sum::<f16>(a, depth, b, strides, sums, width) },
-    pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
-        pairs::pair_sums::<i16>(a, depth, b, sums, width, lanes, ahead)
+    pair_sums: |a, depth, b, strides, sums, width, lanes, next| unsafe {
+        pairs::pair_sums::<i16>(a, depth, b, strides, sums, width, lanes, next)
     },
-    byte_pair_sums: |a, depth, b, sums, width, lanes, ahead| unsafe {
-        pairs::pair_sums::<i8>(a, depth, b, sums, width, lanes, ahead)
+    byte_pair_sums: |a, depth, b, strides, sums, width, lanes, next| unsafe {
+        pairs::pair_sums::<i8>(a, depth, b, strides, sums, width, lanes, next)
     },
     ..elementwise::KERNELS
 };

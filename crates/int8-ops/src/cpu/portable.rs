@@ -2,6 +2,7 @@
 //! against. The element-wise ones are inlined into the other tables and vectorised for them there.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -415,19 +416,22 @@ fn pair_sums<C: Copy + Into<i32>>(
     a: &[Pair],
     depth: usize,
     b: &[[C; 2]],
+    strides: [usize; 2],
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    _ahead: isize,
+    _next: Range<*const [C; 2]>,
 ) {
     let rows = sums.len() / width;
     for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {
-        let sums = &mut sums[..lanes];
-        sums.fill(0);
-        for (&[first, second], b) in a[..depth].iter().zip(b.chunks(width)) {
-            for (sum, &[b_first, b_second]) in sums.iter_mut().zip(b) {
-                let product = i32::from(first) * b_first.into();
-                *sum = sum.wrapping_add(product.wrapping_add(i32::from(second) * b_second.into()));
+        for (group, sums) in sums[..lanes].chunks_exact_mut(LANES).enumerate() {
+            sums.fill(0);
+            for (index, &[first, second]) in a[..depth].iter().enumerate() {
+                let b = &b[index * strides[0] + group * strides[1]..][..LANES];
+                for (sum, &[b_first, b_second]) in sums.iter_mut().zip(b) {
+                    let product = i32::from(first) * b_first.into();
+                    *sum = sum.wrapping_add(product.wrapping_add(i32::from(second) * b_second.into()));
+                }
             }
         }
     }

@@ -1,11 +1,11 @@
 //! The loops around the dot kernels: blocks of outputs among threads, and what follows the sums.
 
 use std::cell::Cell;
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::one_token::TILE_ROWS;
+use super::places::Places;
 use super::tiles::{MANY_TOKENS, prefetch};
 use super::{Activations, FloatDots, FloatSlice, Kernels, Values, team};
 
@@ -222,45 +222,32 @@ impl OutputColumns<'_> {
             return;
         }
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
-        let (tokens, width) = (self.matrix.len() / self.width, self.width);
-        let first = Shared(self.matrix[self.columns.start..].as_mut_ptr());
+        let (tokens, width, first) = (self.matrix.len() / self.width, self.width, self.columns.start);
+        let matrix = &Places::new(self.matrix);
         team::for_each_range(self.columns.len(), rows_per_part, |rows| {
-            // SAFETY: the rows are within the columns, so that they are in the matrix.
-            let first = unsafe { first.get().add(rows.start) };
-            fill(rows.clone(), &mut Part { first, rows: rows.len(), tokens, width, matrix: PhantomData });
+            fill(rows.clone(), &mut Part { matrix, first: first + rows.start, rows: rows.len(), tokens, width });
         });
-    }
-}
-
-/// A pointer that threads may share: each writes other places through it.
-struct Shared(*mut MaybeUninit<f32>);
-
-// SAFETY: parts do not overlap.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn get(&self) -> *mut MaybeUninit<f32> {
-        self.0
     }
 }
 
 /// What some of a weight's rows fill of an output (tokens, width): theirs alone.
 struct Part<'a> {
-    /// Of the first token.
-    first: *mut MaybeUninit<f32>,
+    matrix: &'a Places<'a, MaybeUninit<f32>>,
+    /// The first row's output of the first token.
+    first: usize,
     rows: usize,
     tokens: usize,
     width: usize,
-    matrix: PhantomData<&'a mut [MaybeUninit<f32>]>,
 }
 
 impl Part<'_> {
     /// A token's outputs of `len` rows, of which `first` is the first.
     fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [MaybeUninit<f32>] {
         assert!(token < self.tokens && first + len <= self.rows);
+        let first = self.first + token * self.width + first;
         // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is
         // borrowed as long as the outputs are.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(token * self.width + first), len) }
+        unsafe { self.matrix.take(first..first + len) }
     }
 
     /// Asks for a token's outputs to be brought to the cache, where the machine can be asked.
@@ -268,8 +255,9 @@ impl Part<'_> {
         #[cfg(target_arch = "x86_64")]
         for row in (first..first + len).step_by(16) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let place = self.matrix.address(self.first + token * self.width + row);
             // SAFETY: a hint reads and writes nothing, wherever it points.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.first.wrapping_add(token * self.width + row).cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (token, first, len);

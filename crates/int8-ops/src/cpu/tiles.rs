@@ -1,4 +1,6 @@
-//! The walk over a block of outputs that every vector kernel shares.
+//! The walk over a block of outputs that every vector kernel shares, and asking memory for what comes next.
+
+use std::ops::Range;
 
 /// Calls `tile::<T, R>(x, weight, cols, sums, stride)` so as to fill sums (tokens, weight rows) from
 /// x (tokens, cols) and a weight (rows, cols): T tokens by R rows while there are as many, then
@@ -49,6 +51,47 @@ pub(super) const AHEAD: usize = 8192;
 #[inline(always)]
 pub(super) fn prefetch_after<T>(weight: *const T) {
     prefetch(weight.cast::<i8>().wrapping_add(AHEAD));
+}
+
+/// What is brought to the second cache while a piece of memory is walked along: the rest of it, and then the next piece.
+#[derive(Clone)]
+pub(super) struct Ahead<T> {
+    bytes: usize,
+    end: *const T,
+    next: Range<*const T>,
+}
+
+impl<T> Ahead<T> {
+    /// Bytes to be ahead: as much as is on its way from memory at a time, and while there is something else to do.
+    pub(super) const BYTES: usize = 6144;
+
+    /// `next` need not exist.
+    pub(super) fn new(piece: &[T], next: Range<*const T>) -> Self {
+        // No further than one piece: what is beyond the next one is not known.
+        Self { bytes: Self::BYTES.min(size_of_val(piece)), end: piece.as_ptr_range().end, next }
+    }
+
+    /// Whether it is time to ask for a line, of 64 bytes, after so many times 16 of what a piece is made of.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn is_due(steps: usize) -> bool {
+        (steps * 16 * size_of::<T>()).is_multiple_of(64)
+    }
+
+    /// Asks for what comes some way after `place`.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn prefetch(&self, place: *const T) {
+        let ahead = place.wrapping_byte_add(self.bytes);
+        let beyond = (ahead as usize).wrapping_sub(self.end as usize) as isize;
+        prefetch(if beyond < 0 { ahead } else { self.next.start.wrapping_byte_offset(beyond).min(self.next.end) });
+    }
+
+    /// Asks for what of the next piece is more than this one's length away, but not too far.
+    pub(super) fn prefetch_rest(&self) {
+        let len = (self.next.end as usize - self.next.start as usize).min(Self::BYTES);
+        (self.bytes..len).step_by(64).for_each(|byte| prefetch(self.next.start.wrapping_byte_add(byte)));
+    }
 }
 
 /// Asks for the cache line at `place` to be brought to the second cache, where the machine can be asked.

@@ -154,8 +154,10 @@ fn measure_in_turns(
     models: &[&dyn CausalLm],
     tests: &[Test],
 ) -> anyhow::Result<Vec<Vec<Figures>>> {
-    let bench =
-        Bench { repetitions: args.repetitions.into(), cache_dtype: model::cache_dtype(args.cache, models[0].device())? };
+    let bench = Bench {
+        repetitions: args.repetitions.into(),
+        cache_dtype: model::cache_dtype(args.cache, models[0].device())?,
+    };
     let say = |names: &str, text: &str| {
         if !args.output.quiet {
             output::say(&format!("{names}, {}: {text}", text::threads(rayon::current_num_threads())));

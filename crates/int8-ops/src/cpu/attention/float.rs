@@ -60,16 +60,31 @@ impl CacheValue for f16 {
     }
 }
 
+/// Room for the queries of a head.
+#[derive(Default)]
+pub(crate) struct FloatRoom {
+    /// (queries, 64).
+    scores: Vec<f32>,
+    /// (queries).
+    softmaxes: Vec<RunningSoftmax>,
+    /// A block of keys or values.
+    widened: Vec<f32>,
+}
+
 impl<T: CacheValue> Cache for FloatCache<'_, T> {
-    fn attend(&self, kernels: &Kernels, head: &Head) -> Vec<f32> {
+    type Room = FloatRoom;
+
+    fn attend(&self, kernels: &Kernels, head: &Head, contexts: &mut Vec<f32>, room: &mut FloatRoom) {
         let &Head { head_dim, slope, .. } = head;
         let (count, width) = (head.count(), padded(head_dim));
         let keys = &self.keys[head.row * self.capacity * head_dim..][..self.capacity * head_dim];
         let values = &self.values[head.row * self.capacity * width..][..self.capacity * width];
-        let mut scores = vec![0f32; count * KEYS_PER_BLOCK];
-        let mut contexts = vec![0f32; count * width];
-        let mut widened = Vec::new();
-        let mut softmaxes = vec![RunningSoftmax::EMPTY; count];
+        let FloatRoom { scores, softmaxes, widened } = room;
+        scores.resize(count * KEYS_PER_BLOCK, 0.0);
+        softmaxes.clear();
+        softmaxes.resize(count, RunningSoftmax::EMPTY);
+        contexts.clear();
+        contexts.resize(count * width, 0.0);
         let last = head.position + count - 1;
         for first_key in (0..=last).step_by(KEYS_PER_BLOCK) {
             // Queries before the block see nothing of it.
@@ -78,7 +93,7 @@ impl<T: CacheValue> Cache for FloatCache<'_, T> {
             let keys = &keys[first_key * head_dim..][..KEYS_PER_BLOCK * head_dim];
             scores.fill(0.0);
             let (queries, strides) = (&head.queries[skipped * head_dim..], [LANES, LANES * head_dim]);
-            outer_sum(kernels, queries, head_dim, keys, strides, scores, KEYS_PER_BLOCK, &mut widened);
+            outer_sum(kernels, queries, head_dim, keys, strides, scores, KEYS_PER_BLOCK, widened);
             for (query, scores) in (skipped..).zip(scores.chunks_mut(KEYS_PER_BLOCK)) {
                 let seen = (head.position + query + 1 - first_key).min(KEYS_PER_BLOCK);
                 let shrink = (kernels.softmax_block)(scores, seen, slope, first_key, &mut softmaxes[query]);
@@ -90,12 +105,11 @@ impl<T: CacheValue> Cache for FloatCache<'_, T> {
             let depth = (last + 1 - first_key).min(KEYS_PER_BLOCK);
             let values = &values[first_key * width..][..depth * width];
             let contexts = &mut contexts[skipped * width..];
-            outer_sum(kernels, scores, depth, values, [width, LANES], contexts, width, &mut widened);
+            outer_sum(kernels, scores, depth, values, [width, LANES], contexts, width, widened);
         }
-        for (context, softmax) in contexts.chunks_mut(width).zip(softmaxes) {
+        for (context, softmax) in contexts.chunks_mut(width).zip(&*softmaxes) {
             context.iter_mut().for_each(|value| *value /= softmax.sum);
         }
-        contexts
     }
 }
 

@@ -16,7 +16,7 @@ use bytemuck::Pod;
 
 use super::{Cache, Head, KEYS_PER_BLOCK, LANES, padded};
 use crate::MAX_CODE;
-use crate::cpu::tiles::prefetch;
+use crate::cpu::tiles::{Ahead, prefetch};
 use crate::cpu::{Kernels, PairSums};
 
 /// Codes of two features of a key or query, or of one feature of two values that follow one another: what
@@ -96,7 +96,7 @@ pub(crate) const LARGEST: f32 = 16_777_216.0;
 /// f32, and then pairs of codes.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerCache<'a, C> {
-    /// (batch, heads, blocks) records of pairs of features (head_dim / 2, 64 keys).
+    /// (batch, heads, blocks) records of pairs of features (4, head_dim / 2, 16 keys).
     keys: &'a [u32],
     /// (batch, heads, blocks) records of pairs of values (32, padded head_dim).
     values: &'a [u32],
@@ -149,7 +149,8 @@ pub(crate) fn write_key<C: CacheCode>(
 ) {
     let (scales, pairs) = parts_mut::<C>(record);
     scales[index] = (kernels.int16_codes)(key, C::KEY, &mut codes.as_flattened_mut()[..key.len()]).to_bits();
-    for (pair, place) in codes.iter().zip(pairs[index..].iter_mut().step_by(KEYS_PER_BLOCK)) {
+    let places = pairs[index / LANES * codes.len() * LANES + index % LANES..].iter_mut().step_by(LANES);
+    for (pair, place) in codes.iter().zip(places) {
         *place = pair.map(C::of);
     }
 }
@@ -234,13 +235,31 @@ impl Query {
     }
 }
 
+/// Room for the queries of a head.
+#[derive(Default)]
+pub(crate) struct IntegerRoom {
+    /// (queries, head_dim / 2).
+    codes: Vec<Pair>,
+    /// (queries).
+    queries: Vec<Query>,
+    /// (queries, 64) for a block of keys, (queries, padded head_dim) for one of values.
+    sums: Vec<i32>,
+    /// (queries, 64).
+    weights: Vec<[f32; KEYS_PER_BLOCK]>,
+    /// (queries, 64).
+    weight_codes: Vec<[i16; KEYS_PER_BLOCK]>,
+}
+
 impl<C: CacheCode> Cache for IntegerCache<'_, C> {
+    type Room = IntegerRoom;
+
     /// The nearest block comes first: with ALiBi the others often need not be read.
-    fn attend(&self, kernels: &Kernels, head: &Head) -> Vec<f32> {
+    fn attend(&self, kernels: &Kernels, head: &Head, contexts: &mut Vec<f32>, room: &mut IntegerRoom) {
         let (count, width, depth) = (head.count(), padded(head.head_dim), head.head_dim.div_ceil(2));
         let slope = head.slope * LOG2_E;
-        let mut codes = vec![Pair::default(); count * depth];
-        let mut queries = Vec::with_capacity(count);
+        let IntegerRoom { codes, queries, sums, weights, weight_codes } = room;
+        codes.resize(count * depth, Pair::default());
+        queries.clear();
         let values = head.queries.chunks(head.head_dim).zip(codes.chunks_mut(depth));
         for (position, (query, codes)) in (head.position..).zip(values) {
             let codes = &mut bytemuck::cast_slice_mut(codes)[..query.len()];
@@ -249,22 +268,22 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
         }
         let biases = &std::array::from_fn(|key| slope * key as f32);
         let largest_bias = biases[0].max(biases[KEYS_PER_BLOCK - 1]);
-        let mut sums = vec![0i32; count * KEYS_PER_BLOCK.max(width)];
-        let mut weights = vec![[0f32; KEYS_PER_BLOCK]; count];
-        let mut weight_codes = vec![[0i16; KEYS_PER_BLOCK]; count];
-        let mut contexts = vec![0f32; count * width];
+        sums.resize(count * KEYS_PER_BLOCK.max(width), 0);
+        weights.resize(count, [0.0; KEYS_PER_BLOCK]);
+        weight_codes.resize(count, [0; KEYS_PER_BLOCK]);
+        contexts.clear();
+        contexts.resize(count * width, 0.0);
         let pair_sums = C::pair_sums(kernels);
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
             // The block before comes next, and after the first one, where there is one token, the last of the next head.
-            let step = if block > 0 { -1 } else { (self.blocks + last / KEYS_PER_BLOCK) as isize };
-            let ahead = |record: usize| step * (record * size_of::<u32>() / size_of::<[C; 2]>()) as isize;
+            let next = if block > 0 { index - 1 } else { index + self.blocks + last / KEYS_PER_BLOCK };
             let (key_record, value_record) = (key_record::<C>(head.head_dim), value_record::<C>(head.head_dim));
             let (key_scales, keys) = parts::<C>(&self.keys[index * key_record..][..key_record]);
             // NaN comes out as itself, and is never skipped.
             let longest_key = (kernels.absmax)(key_scales, None) * C::key_norm(head.head_dim);
-            for (position, query) in (head.position..).zip(&mut queries) {
+            for (position, query) in (head.position..).zip(&mut *queries) {
                 query.bias = slope * (first_key as f32 - position as f32);
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
                 // Never its own block, which comes first; all keys of those before are written, so it is the same
@@ -278,28 +297,34 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
-            let next = index.wrapping_add_signed(step);
             prefetch_scales(self.keys, next * key_record);
             prefetch_scales(self.values, next * value_record);
-            let lanes = most_seen.next_multiple_of(LANES);
-            pair_sums(codes, depth, keys, scores, KEYS_PER_BLOCK, lanes, ahead(key_record));
+            let (lanes, pairs) = (most_seen.next_multiple_of(LANES), most_seen.div_ceil(2));
             let (value_scales, values) = parts::<C>(&self.values[index * value_record..][..value_record]);
+            let (keys, values) = (&keys[..lanes * depth], &values[..pairs * width]);
+            let strides = [LANES, LANES * depth];
+            pair_sums(codes, depth, keys, strides, scores, KEYS_PER_BLOCK, lanes, values.as_ptr_range());
             let scales = BlockScales { keys: key_scales, values: &value_scales.map(|scale| scale * LIFT), biases };
             let weight_codes = &mut weight_codes[..queries.len()];
-            (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, &mut weights, weight_codes);
+            (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, weights, weight_codes);
             let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
             let sums = &mut sums[..queries.len() * width];
-            pair_sums(weight_codes, most_seen.div_ceil(2), values, sums, width, width, ahead(value_record));
+            let next_keys = self.keys.as_ptr().wrapping_add(next * key_record + KEYS_PER_BLOCK).cast::<[C; 2]>();
+            let next_lanes = if block > 0 { KEYS_PER_BLOCK } else { last % KEYS_PER_BLOCK / LANES * LANES + LANES };
+            let next_keys = next_keys..next_keys.wrapping_add(next_lanes * depth);
+            if count == 1 {
+                Ahead::new(values, next_keys.clone()).prefetch_rest();
+            }
+            pair_sums(weight_codes, pairs, values, [width, LANES], sums, width, width, next_keys);
             for ((context, sums), query) in
                 contexts[first * width..].chunks_mut(width).zip(sums.chunks(width)).zip(queries)
             {
                 (kernels.shrink_and_add)(context, query.shrink, sums, query.code_scale / LIFT);
             }
         }
-        for (context, query) in contexts.chunks_mut(width).zip(queries) {
+        for (context, query) in contexts.chunks_mut(width).zip(&*queries) {
             let sum: f32 = query.sums.iter().sum();
             context.iter_mut().for_each(|value| *value /= sum);
         }
-        contexts
     }
 }
