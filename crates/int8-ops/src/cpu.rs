@@ -40,7 +40,7 @@ pub(crate) use attention::{
     Cache, CacheCode, CacheValue, FloatCache, IntegerCache, LANES, Queries, attend, key_record, padded, value_record,
     write_key, write_value,
 };
-pub use product::{Finish, Token};
+pub use product::{CodeLine, Finish, Token, Tokens};
 pub(crate) use product::{OutputColumns, float_product, int8_product};
 
 use crate::MAX_CODE;
@@ -64,6 +64,8 @@ pub struct Kernels {
     pub quantize: fn(x: &[f32], inverse: f32, codes: &mut [i8]),
     /// The sum of all codes.
     pub sum_codes: fn(codes: &[i8]) -> i32,
+    /// Puts the codes (tokens, cols) in the order in which `int8_dots` uses them, if that is another.
+    pub pack_codes: fn(codes: &[i8], cols: usize) -> Vec<CodeLine>,
     /// The integer sums of products of codes; see [`Int8Dots`].
     pub int8_dots: Int8Dots,
     /// The codes (columns, rows) of a weight (rows, cols) in the given columns, as floats.
@@ -116,9 +118,8 @@ pub struct Kernels {
     pub byte_pair_sums: PairSums<i8>,
 }
 
-/// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for codes (tokens, cols), the sum of every
-/// token's codes (tokens), a weight (rows, cols), and sums (tokens, rows).
-pub type Int8Dots = fn(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]);
+/// `sums[t, r] = Σ_c codes[t, c] * weight[r, c]`, exact, for tokens, a weight (rows, cols), and sums (tokens, rows).
+pub type Int8Dots = fn(tokens: &Tokens, weight: &[i8], sums: &mut [i32]);
 
 /// A token's integer sums (rows) become outputs (rows), all of which it writes, given the weight's codes
 /// (columns, rows) in the outlier columns; see [`Finish`].

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
-use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax, Token};
+use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax, Token, Tokens};
 use proptest::prelude::*;
 
 /// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
@@ -46,6 +46,11 @@ fn code_sums(codes: &[i8], cols: usize) -> Vec<i32> {
     codes.chunks(cols).map(|codes| codes.iter().map(|&code| i32::from(code)).sum()).collect()
 }
 
+fn int8_dots(kernels: &Kernels, codes: &[i8], cols: usize, weight: &[i8], sums: &mut [i32]) {
+    let packed = &(kernels.pack_codes)(codes, cols);
+    (kernels.int8_dots)(&Tokens { codes, cols, packed, code_sums: &code_sums(codes, cols) }, weight, sums);
+}
+
 /// Of few tokens: blocks of columns, one or several, and rows around those that share a block. Large and small in
 /// turns, so that what is left of one would show in the next.
 #[test]
@@ -64,7 +69,7 @@ fn integer_sums_of_few_tokens_equal_a_plain_loop_around_every_block() {
                 .collect();
             for kernels in Kernels::available() {
                 let mut sums = vec![i32::MIN; wanted.len()];
-                (kernels.int8_dots)(&codes, &code_sums(&codes, cols), &weight, cols, &mut sums);
+                int8_dots(kernels, &codes, cols, &weight, &mut sums);
                 assert_eq!(sums, wanted, "{}: {tokens} tokens, ({rows}, {cols})", kernels.name);
             }
         }
@@ -81,7 +86,7 @@ proptest! {
         })).collect();
         for kernels in Kernels::available() {
             let mut sums = vec![i32::MIN; wanted.len()];
-            (kernels.int8_dots)(&codes, &code_sums(&codes, cols), &weight, cols, &mut sums);
+            int8_dots(kernels, &codes, cols, &weight, &mut sums);
             prop_assert_eq!(&sums, &wanted, "{}", kernels.name);
         }
     }

@@ -22,7 +22,7 @@ pub(super) const KERNELS: Kernels = Kernels {
     },
     widen: |values, out| unsafe { widen(values, out) },
     narrow: |values, out| unsafe { narrow(values, out) },
-    int8_dots: |codes, _code_sums, weight, cols, sums| unsafe { int8_dots(codes, weight, cols, sums) },
+    int8_dots: |tokens, weight, sums| unsafe { int8_dots(tokens.codes, weight, tokens.cols, sums) },
     token_outputs: |token, weight, with, out| unsafe { token_outputs(token, weight, with, out) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::Kernels;
+use super::{CodeLine, Kernels, Tokens};
 use super::elementwise::elementwise_kernels;
 use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
 
@@ -28,7 +28,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     },
     widen: |values, out| unsafe { widen(values, out) },
     narrow: |values, out| unsafe { narrow(values, out) },
-    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { int8_dots(codes, code_sums, weight, cols, sums) },
+    pack_codes,
+    int8_dots: |tokens, weight, sums| unsafe { int8_dots(tokens, weight, sums) },
     token_outputs: |token, weight, with, out| unsafe { rows::token_outputs(token, weight, with, out) },
     f32_dots: |x, weight, cols, sums| unsafe { float_dots::<f32>(x, weight, cols, sums) },
     f16_dots: |x, weight, cols, sums| unsafe { float_dots::<f16>(x, weight, cols, sums) },
@@ -47,10 +48,18 @@ pub(super) const KERNELS: Kernels = Kernels {
 /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its sign bit
 /// flipped) and `128 * Σ codes` is taken off every sum.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    match code_sums.len() {
-        MANY_TOKENS.. => panels::int8_dots(codes, code_sums, weight, cols, sums),
-        _ => rows::int8_dots(codes, code_sums, weight, cols, sums),
+fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
+    match tokens.code_sums.len() {
+        MANY_TOKENS.. => panels::int8_dots(tokens, weight, sums),
+        _ => rows::int8_dots(tokens, weight, sums),
+    }
+}
+
+/// Few tokens' in the order of use: see `rows`.
+fn pack_codes(codes: &[i8], cols: usize) -> Vec<CodeLine> {
+    match codes.len() / cols {
+        MANY_TOKENS.. => Vec::new(),
+        tokens => rows::pack(codes, tokens, cols),
     }
 }
 

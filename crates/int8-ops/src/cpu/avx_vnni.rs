@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
-use super::{Finish, Kernels, Token, avx2, one_token};
+use super::{Finish, Kernels, Token, Tokens, avx2, one_token};
 
 // SAFETY (of both): a table is handed out only where `is_supported` has found the features that every
 // kernel in it needs.
@@ -13,7 +13,7 @@ use super::{Finish, Kernels, Token, avx2, one_token};
 pub(super) const KERNELS: Kernels = Kernels {
     name: "avx-vnni",
     is_supported: || (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avxvnni"),
-    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { vex::int8_dots(codes, code_sums, weight, cols, sums) },
+    int8_dots: |tokens, weight, sums| unsafe { vex::int8_dots(tokens, weight, sums) },
     token_outputs: |token, weight, with, out| unsafe { vex::token_outputs(token, weight, with, out) },
     ..avx2::KERNELS
 };
@@ -24,7 +24,7 @@ pub(super) const KERNELS_OF_AVX512: Kernels = Kernels {
     is_supported: || {
         (avx2::KERNELS.is_supported)() && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
     },
-    int8_dots: |codes, code_sums, weight, cols, sums| unsafe { evex::int8_dots(codes, code_sums, weight, cols, sums) },
+    int8_dots: |tokens, weight, sums| unsafe { evex::int8_dots(tokens, weight, sums) },
     token_outputs: |token, weight, with, out| unsafe { evex::token_outputs(token, weight, with, out) },
     ..avx2::KERNELS
 };
@@ -38,7 +38,8 @@ macro_rules! kernels {
             /// `vpdpbusd` multiplies unsigned by signed bytes, so the weight is read as `w + 128` (its
             /// sign bit flipped) and `128 * Σ codes` is taken off every sum.
             #[target_feature(enable = $features)]
-            pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
+            pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
+                let &Tokens { codes, cols, code_sums, .. } = tokens;
                 if code_sums.len() < MANY_TOKENS {
                     for_each_tile!(int8_tile::<2, 1>(codes, weight, cols, sums));
                 } else {

@@ -36,7 +36,8 @@ pub(super) const KERNELS: Kernels = Kernels {
     gelu_erf,
     widen: |values, out| values.convert_to_f32_slice(out),
     narrow,
-    int8_dots,
+    pack_codes: |_codes, _cols| Vec::new(),
+    int8_dots: |tokens, weight, sums| int8_dots(tokens.codes, weight, tokens.cols, sums),
     f32_dots: float_dots::<f32>,
     f16_dots: float_dots::<f16>,
     bf16_dots: float_dots::<bf16>,
@@ -388,7 +389,7 @@ pub(super) fn narrow(values: &[f32], out: &mut [f16]) {
     }
 }
 
-fn int8_dots(codes: &[i8], _code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
+fn int8_dots(codes: &[i8], weight: &[i8], cols: usize, sums: &mut [i32]) {
     let rows = weight.len() / cols;
     for (codes, sums) in codes.chunks(cols).zip(sums.chunks_mut(rows)) {
         for (weight, sum) in weight.chunks(cols).zip(sums) {

@@ -28,6 +28,24 @@ pub struct Token<'a> {
     pub outlier_columns: &'a [u32],
 }
 
+/// Codes that are used together.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub struct CodeLine(pub [i8; 64]);
+
+/// Tokens on their way through the rows of a weight.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokens<'a> {
+    /// (tokens, cols): zero in the outlier columns.
+    pub codes: &'a [i8],
+    /// Codes of a token.
+    pub cols: usize,
+    /// What [`Kernels::pack_codes`] makes of these codes.
+    pub packed: &'a [CodeLine],
+    /// (tokens): the sum of each token's codes.
+    pub code_sums: &'a [i32],
+}
+
 /// What turns a token's integer sums with a block of weight rows into outputs (rows):
 ///
 /// `y = weight_scale * (x_scale * Σ codes * codes + Σ_outlier columns x * code) + bias`: the weight's
@@ -63,9 +81,13 @@ impl Blocks {
     /// from memory; whole tiles of an int8 weight. More: blocks that are worth putting codes, or the weight,
     /// in another order for; and as many tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
-        let rows = if tokens == 1 { TILE_ROWS } else { 64 };
+        let (rows, least) = match tokens {
+            1 => (TILE_ROWS, TILE_ROWS),
+            ..MANY_TOKENS => (256, 64),
+            _ => (64, 64),
+        };
         let rows_per_part = match tokens {
-            ..MANY_TOKENS => (BYTES_PER_PART / row_bytes).next_multiple_of(rows).max(rows),
+            ..MANY_TOKENS => (BYTES_PER_PART / row_bytes).next_multiple_of(least).max(least),
             _ => rows,
         };
         Self { rows, tokens: 512, rows_per_part }
@@ -88,9 +110,11 @@ pub(crate) fn int8_product(
     let (cols, columns) = (x.cols, x.outliers.len());
     let blocks = Blocks::of(x.scales.len(), cols);
     for (first_token, mut output) in output.in_blocks(blocks.tokens) {
+        let tokens = first_token..first_token + output.tokens();
+        let codes = &x.codes[tokens.start * cols..tokens.end * cols];
+        let packed = &(kernels.pack_codes)(codes, cols);
+        let tokens = Tokens { codes, cols, packed, code_sums: &x.code_sums[tokens] };
         output.fill_in_parts(blocks.rows_per_part, |rows, part| {
-            let codes = &x.codes[first_token * cols..][..part.tokens * cols];
-            let code_sums = &x.code_sums[first_token..][..part.tokens];
             let Scratch { mut sums, mut outlier_weights, bias: mut room } = SCRATCH.take();
             let bias = bias.map(|bias| bias.widened(rows.clone(), &mut room));
             sums.resize(part.tokens * blocks.rows, 0);
@@ -101,7 +125,7 @@ pub(crate) fn int8_product(
                 weight_scales[block.clone()].chunks(16).for_each(|scales| prefetch(scales.as_ptr()));
                 let weight = &weight[block.start * cols..block.end * cols];
                 let sums = &mut sums[..part.tokens * len];
-                (kernels.int8_dots)(codes, code_sums, weight, cols, sums);
+                (kernels.int8_dots)(&tokens, weight, sums);
                 // The weight is in the cache by now.
                 (kernels.gather_columns)(weight, cols, &x.outliers, &mut outlier_weights[..columns * len]);
                 for (token, sums) in sums.chunks(len).enumerate() {
@@ -205,6 +229,10 @@ fn pieces(len: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 impl OutputColumns<'_> {
+    fn tokens(&self) -> usize {
+        self.matrix.len().checked_div(self.width).unwrap_or_default()
+    }
+
     /// The same columns of at most so many tokens at a time, and the number of the first of them. The activations of
     /// a block stay in a core's cache, or one of its neighbours', while all of the weight comes by.
     fn in_blocks(&mut self, tokens: usize) -> impl Iterator<Item = (usize, OutputColumns<'_>)> {
@@ -222,7 +250,7 @@ impl OutputColumns<'_> {
             return;
         }
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
-        let (tokens, width, first) = (self.matrix.len() / self.width, self.width, self.columns.start);
+        let (tokens, width, first) = (self.tokens(), self.width, self.columns.start);
         let matrix = &Places::new(self.matrix);
         team::for_each_range(self.columns.len(), rows_per_part, |rows| {
             fill(rows.clone(), &mut Part { matrix, first: first + rows.start, rows: rows.len(), tokens, width });

@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 
+use super::super::Tokens;
 use super::super::tiles::int8_tail;
 
 /// Rows of a panel: the 32-bit lanes of a vector.
@@ -24,7 +25,8 @@ struct Packed([u8; ROWS * DEPTH]);
 
 /// [`Int8Dots`](crate::cpu::Int8Dots) of at least one token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
+pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
+    let &Tokens { codes, cols, code_sums, .. } = tokens;
     let (tokens, stride) = (code_sums.len(), weight.len() / cols);
     assert!(codes.len() == tokens * cols && sums.len() == tokens * stride);
     let mut packed = Packed([0; ROWS * DEPTH]);

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 
 use super::super::tiles::{AHEAD, prefetch};
-use super::super::{Finish, Token, one_token};
+use super::super::{CodeLine, Finish, Token, Tokens, one_token};
 
 /// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
 const ROWS_TOGETHER: usize = 16;
@@ -17,37 +17,23 @@ const TOKENS: usize = 8;
 /// Sums of some tokens with some weight rows, in lanes that are yet to be added.
 type RowSums = [__m512i; 16];
 
-/// A vector of codes.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([i8; 64]);
-
-/// Room for what several tokens need.
-#[derive(Default)]
-struct Room {
-    /// Their codes, in the order of use.
-    lines: Vec<Line>,
-    /// Sums of a tile's rows that are not complete.
-    row_sums: Vec<RowSums>,
-}
-
 thread_local! {
-    /// Kept from one block to the next.
-    static ROOM: Cell<Room> = const { Cell::new(Room { lines: Vec::new(), row_sums: Vec::new() }) };
+    /// Room for the sums of a tile's rows that are not complete, kept from one block to the next.
+    static ROW_SUMS: Cell<Vec<RowSums>> = const { Cell::new(Vec::new()) };
 }
 
 /// [`Int8Dots`](crate::cpu::Int8Dots) of at least one token.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: usize, sums: &mut [i32]) {
-    let (tokens, rows) = (code_sums.len(), weight.len() / cols);
-    let Room { mut lines, mut row_sums } = ROOM.take();
-    pack(codes, tokens, cols, &mut lines);
+pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
+    let &Tokens { cols, packed, code_sums, .. } = tokens;
+    let (tokens, rows, vectors) = (code_sums.len(), weight.len() / cols, cols.div_ceil(64));
+    assert_eq!(packed.len(), tokens * vectors);
+    let mut row_sums = ROW_SUMS.take();
     row_sums.resize(ROWS_TOGETHER, [_mm512_setzero_si512(); 16]);
-    let vectors = cols.div_ceil(64);
     for (block, weight) in weight.chunks(ROWS_TOGETHER * cols).enumerate() {
         let mut token = 0;
         while token < tokens {
-            let (lines, sums) = (&lines[token * vectors..], &mut sums[token * rows + block * ROWS_TOGETHER..]);
+            let (lines, sums) = (&packed[token * vectors..], &mut sums[token * rows + block * ROWS_TOGETHER..]);
             token += match group(tokens - token) {
                 1 => tile::<1, 4>(lines, weight, cols, sums, rows, &mut row_sums),
                 2 => tile::<2, 4>(lines, weight, cols, sums, rows, &mut row_sums),
@@ -56,7 +42,7 @@ pub(super) fn int8_dots(codes: &[i8], code_sums: &[i32], weight: &[i8], cols: us
             };
         }
     }
-    ROOM.set(Room { lines, row_sums });
+    ROW_SUMS.set(row_sums);
     for (sums, code_sum) in sums.chunks_mut(rows).zip(code_sums) {
         sums.iter_mut().for_each(|sum| *sum = sum.wrapping_sub(code_sum.wrapping_mul(128)));
     }
@@ -82,9 +68,8 @@ fn group(left: usize) -> usize {
 
 /// Puts codes (tokens, cols) in the order in which they are used, (vectors, tokens of a group) for every
 /// group, padded with zeros. Where they lie a power of two apart they would not stay in the cache together.
-fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
-    lines.clear();
-    lines.reserve(tokens * cols.div_ceil(64));
+pub(super) fn pack(codes: &[i8], tokens: usize, cols: usize) -> Vec<CodeLine> {
+    let mut lines = Vec::with_capacity(tokens * cols.div_ceil(64));
     let mut first = 0;
     while first < tokens {
         let group = group(tokens - first);
@@ -92,9 +77,9 @@ fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
             for token in first..first + group {
                 let codes = &codes[token * cols + col..(token + 1) * cols];
                 lines.push(match codes.first_chunk() {
-                    Some(codes) => Line(*codes),
+                    Some(codes) => CodeLine(*codes),
                     None => {
-                        let mut line = Line([0; 64]);
+                        let mut line = CodeLine([0; 64]);
                         line.0[..codes.len()].copy_from_slice(codes);
                         line
                     }
@@ -103,6 +88,7 @@ fn pack(codes: &[i8], tokens: usize, cols: usize, lines: &mut Vec<Line>) {
         }
         first += group;
     }
+    lines
 }
 
 /// `Σ codes * (weight + 128)` for one token and one weight row, in lanes that are yet to be added. Rows are
@@ -143,7 +129,7 @@ fn row(codes: &[i8], weight: &[i8]) -> __m512i {
 /// time share the codes that are loaded; gives T. `row_sums` is room for sums that are not complete.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn tile<const T: usize, const R: usize>(
-    lines: &[Line],
+    lines: &[CodeLine],
     weight: &[i8],
     cols: usize,
     sums: &mut [i32],
@@ -194,7 +180,7 @@ struct Place {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn add_rows<const T: usize, const R: usize>(
-    lines: &[Line],
+    lines: &[CodeLine],
     weight: &[i8],
     cols: usize,
     place: &Place,
