@@ -95,14 +95,21 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
 fn every_combination_has_a_row() {
     let folder = config_alone("sweeps");
     let folder = folder.to_str().unwrap();
-    let sweeps = ["--precision=int8,f16", "--batch=1,2", "--prompt-len=4,8", "--context=0,6", "--threads=1,2"];
+    let sweeps =
+        ["--precision=int8,int8-head,f16", "--batch=1,2", "--prompt-len=4,8", "--context=0,6", "--threads=1,2"];
     let fixed = ["bench", "-q", "--json", "--dummy-weights", "--repetitions=1", "--gen-len=2", "-m", folder];
     let rows = json_of(&[fixed.as_slice(), &sweeps].concat());
     let rows = rows.as_array().unwrap();
     // Threads, precisions, batches, and two prompts and two contexts.
-    assert_eq!(rows.len(), 2 * 2 * 2 * (2 + 2));
-    let keys = ["threads", "precision", "batch", "test", "prompt_len", "gen_len", "context"];
-    let mut combinations: Vec<String> = rows.iter().map(|row| keys.map(|key| row[key].to_string()).join(" ")).collect();
+    assert_eq!(rows.len(), 2 * 3 * 2 * (2 + 2));
+    let of = |rows: &[Value]| -> Vec<String> {
+        let keys = ["threads", "precision", "int8_head", "batch", "cache_dtype", "test", "prompt_len", "context"];
+        rows.iter().map(|row| keys.map(|key| row[key].to_string()).join(" ")).collect()
+    };
+    let mut combinations = of(rows);
+    // In memory at once, the same in the same order.
+    let together = json_of(&[fixed.as_slice(), &sweeps, &["--together"]].concat());
+    assert_eq!(of(together.as_array().unwrap()), combinations);
     combinations.sort();
     combinations.dedup();
     assert_eq!(combinations.len(), rows.len());
@@ -117,10 +124,11 @@ fn every_combination_has_a_row() {
         assert_eq!(rows.as_array().unwrap().len(), 1);
         assert_eq!(rows[0]["test"], test);
     }
-    for dtype in ["int8", "int16", "f16", "f32"] {
-        let rows = json_of(&[fixed.as_slice(), &["--threads=1,2", "--cache-dtype", dtype]].concat());
-        assert!(rows.as_array().unwrap().iter().all(|row| row["cache_dtype"] == dtype), "{rows}");
-    }
+    let caches = ["int8", "int16", "f16", "f32"];
+    let rows =
+        json_of(&[fixed.as_slice(), &["--threads=1", "--together", "--cache-dtype", &caches.join(",")]].concat());
+    let dtypes: Vec<&Value> = rows.as_array().unwrap().iter().map(|row| &row["cache_dtype"]).collect();
+    assert_eq!(dtypes, [caches, caches].as_flattened());
 }
 
 #[test]
@@ -150,9 +158,10 @@ fn random_weights_need_no_more_than_a_config() {
 fn tables_and_comma_separated_values() {
     let folder = model("tiny-opt");
     let folder = folder.to_str().unwrap();
-    let table = stdout(&succeeds(&quick(folder, &["--precision", "int8,bf16", "--int8-head"])));
-    for part in ["prompt of 8", "3 tokens", "int8 + head", "bf16", "of the limit", "limits of 1 thread", "medians of 2"]
-    {
+    let table =
+        stdout(&succeeds(&quick(folder, &["--precision", "int8,bf16", "--int8-head", "--cache-dtype", "f16,int8"])));
+    let limits = ["of the limit", "limits of 1 thread", "medians of 2"];
+    for part in ["prompt of 8", "3 tokens", "int8 + head", "bf16", "f16", "int8  "].into_iter().chain(limits) {
         assert!(table.contains(part), "`{part}` is not in: {table}");
     }
     let csv = stdout(&succeeds(&quick(folder, &["--csv"])));
@@ -195,6 +204,8 @@ fn what_cannot_be_measured() {
         1,
         &["int8 needs", "576 tokens in the cache, but", "hint: "],
     );
+    let both = ["--dummy-weights", "--precision", "int8-head,f16", "--together", "-m", immense.to_str().unwrap()];
+    fails(&both, 1, &["int8 + head and f16 need", "hint: "]);
     let published = ["--offline", "--cache-dir", "no-such-cache", "-m", "bigscience/bloom-560m"];
     fails(&published, 1, &["offline", "--dummy-weights measures the model with random weights"]);
 }

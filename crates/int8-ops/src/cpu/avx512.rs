@@ -8,9 +8,9 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{CodeLine, Kernels, Tokens};
 use super::elementwise::elementwise_kernels;
 use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
+use super::{CodeLine, Kernels, Tokens};
 
 elementwise_kernels!("avx512f,avx512bw,avx512vl,avx512dq");
 

@@ -10,10 +10,10 @@ use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
-use int8_models::{CausalLm, Device, Footprint, Loaded, LongestContext, ModelFolder, Precision, published};
+use int8_models::{CacheDtype, CausalLm, Device, Footprint, Loaded, LongestContext, ModelFolder, Precision, published};
 
 use super::model;
-use crate::args::{BenchArgs, BenchPrecision, Int8Args, MachineArgs, PrecisionArgs, PrecisionName};
+use crate::args::{BenchArgs, BenchPrecision, CacheArgs, Int8Args, MachineArgs, PrecisionArgs, PrecisionName};
 use crate::failure::{self, Failure};
 use crate::{device, interrupt, output};
 use measure::{Bench, Figures, Test};
@@ -49,7 +49,7 @@ fn check(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Every combination of what is to be measured of a loaded model.
+/// Every combination of what is to be measured with one cache.
 fn tests(args: &BenchArgs) -> Vec<Test> {
     let mut tests = Vec::new();
     for batch in args.batch.iter().map(|&batch| batch.into()) {
@@ -63,6 +63,14 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
         }
     }
     tests
+}
+
+/// Every cache that is to be measured.
+fn caches(args: &BenchArgs) -> Vec<CacheArgs> {
+    match args.cache_dtype.as_slice() {
+        [] => vec![CacheArgs { dtype: None }],
+        dtypes => dtypes.iter().map(|&dtype| CacheArgs { dtype: Some(dtype) }).collect(),
+    }
 }
 
 fn precision_args(args: &BenchArgs, precision: BenchPrecision) -> PrecisionArgs {
@@ -154,10 +162,8 @@ fn measure_in_turns(
     models: &[&dyn CausalLm],
     tests: &[Test],
 ) -> anyhow::Result<Vec<Vec<Figures>>> {
-    let bench = Bench {
-        repetitions: args.repetitions.into(),
-        cache_dtype: model::cache_dtype(args.cache, models[0].device())?,
-    };
+    let caches = caches(args).into_iter().map(|cache| model::cache_dtype(cache, models[0].device()));
+    let bench = Bench { repetitions: args.repetitions.into(), caches: caches.collect::<anyhow::Result<_>>()? };
     let say = |names: &str, text: &str| {
         if !args.output.quiet {
             output::say(&format!("{names}, {}: {text}", text::threads(rayon::current_num_threads())));
@@ -168,7 +174,13 @@ fn measure_in_turns(
     let figures = bench.measure(models, tests, after_turn)?;
     for (name, figures) in names.iter().zip(&figures) {
         for figures in figures {
-            say(name, &format!("{}: {} tokens/s", figures.test, text::rate(figures.tokens_per_second().median)));
+            let cache = if bench.caches.len() > 1 {
+                format!(", cache in {}", figures.cache_dtype.name())
+            } else {
+                String::new()
+            };
+            let rate = text::rate(figures.tokens_per_second().median);
+            say(name, &format!("{}{cache}: {rate} tokens/s", figures.test));
         }
     }
     Ok(figures)
@@ -220,8 +232,12 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyho
             .filter(move |test| matches!(test, Test::Decode { .. }) == is_kept)
             .map(|test| test.batch() * test.tokens())
     };
-    let cached = cached(true).sum::<usize>() + cached(false).max().unwrap_or(0);
+    let caches = caches(args);
+    // Counted as if all were in the largest of the dtypes.
+    let cached = cached(true).sum::<usize>() * caches.len() + cached(false).max().unwrap_or(0);
+    let largest = caches.into_iter().max_by_key(|cache| cache.dtype.map(|dtype| CacheDtype::from(dtype).bytes(1)));
+    let largest = largest.unwrap_or(CacheArgs { dtype: None });
     at_once(args, &precisions(args, folder)?).try_for_each(|precisions| {
-        model::check_memory(cached, args.cache, folder, precisions, &args.processor, device, "")
+        model::check_memory(cached, largest, folder, precisions, &args.processor, device, "")
     })
 }

@@ -103,6 +103,7 @@ impl Figures {
 /// A test of a model under way.
 struct Run<'a> {
     model: &'a dyn CausalLm,
+    cache_dtype: CacheDtype,
     test: Test,
     random: Rng,
     cache: KvCache,
@@ -114,7 +115,8 @@ struct Run<'a> {
 /// How tests are run.
 pub struct Bench {
     pub repetitions: usize,
-    pub cache_dtype: CacheDtype,
+    /// What keys and values are cached in: every test is run with each.
+    pub caches: Vec<CacheDtype>,
 }
 
 impl Bench {
@@ -131,19 +133,21 @@ impl Bench {
         let mut runs = Vec::new();
         let mut peaks = Vec::new();
         // What may be compared with each other stands side by side: one test of all models.
-        for (&test, &model) in tests.iter().flat_map(|test| models.iter().map(move |model| (test, model))) {
+        let tests = tests.iter().flat_map(|test| self.caches.iter().map(move |cache_dtype| (test, cache_dtype)));
+        for ((&test, &cache_dtype), &model) in tests.flat_map(|test| models.iter().map(move |model| (test, model))) {
             // Of the one before, which would count as this one's memory.
-            runs.iter_mut().for_each(|run: &mut Run| run.cache = self.empty_cache(run.model, &run.test));
+            runs.iter_mut().for_each(Run::empty_cache);
             let mut limits = Vec::new();
             if !device.is_cpu() {
                 // What is copied would count as well. Nothing else runs there, as on a CPU.
                 limits.push(Limits::measure(model)?);
             }
             device::reset_peaks(device)?;
-            let cache = self.empty_cache(model, &test);
-            let mut run = Run { model, test, random: Rng::with_seed(0), cache, limits, seconds: Vec::new() };
+            let (random, cache) = (Rng::with_seed(0), KvCache::new(0));
+            let mut run = Run { model, cache_dtype, test, random, cache, limits, seconds: Vec::new() };
+            run.empty_cache();
             run.fill()?;
-            self.time(&mut run, usize::MAX)?;
+            run.time(usize::MAX)?;
             peaks.push((output::peak_rss_bytes(), peak_bytes(device)));
             runs.push(run);
         }
@@ -151,7 +155,7 @@ impl Bench {
         if let Some((_, others)) = runs.split_last_mut() {
             for run in others.iter_mut().filter(|run| matches!(run.test, Test::Decode { .. })) {
                 run.fill()?;
-                self.time(run, WARM_UP)?;
+                run.time(WARM_UP)?;
             }
         }
         for turn in 1..=self.repetitions {
@@ -159,7 +163,7 @@ impl Bench {
                 if device.is_cpu() {
                     run.limits.push(Limits::measure(run.model)?);
                 }
-                let duration = self.time(run, usize::MAX)?;
+                let duration = run.time(usize::MAX)?;
                 run.seconds.push(duration.as_secs_f64());
             }
             after_turn(turn);
@@ -168,7 +172,7 @@ impl Bench {
         for (index, (run, (peak_rss_bytes, peak_device_bytes))) in runs.into_iter().zip(peaks).enumerate() {
             of_models[index % models.len()].push(Figures {
                 test: run.test,
-                cache_dtype: self.cache_dtype,
+                cache_dtype: run.cache_dtype,
                 seconds: run.seconds,
                 limits: Limits::median(&run.limits),
                 peak_rss_bytes,
@@ -177,44 +181,46 @@ impl Bench {
         }
         Ok(of_models)
     }
-
-    /// One repetition, of at most `tokens` tokens where they are generated.
-    fn time(&self, run: &mut Run, tokens: usize) -> anyhow::Result<Duration> {
-        let (batch, per_step, steps) = match run.test {
-            Test::Prefill { batch, prompt_len } => (batch, prompt_len, 1),
-            Test::Decode { batch, context, gen_len } => {
-                run.cache.truncate(context);
-                (batch, 1, gen_len.min(tokens))
-            }
-        };
-        let synchronize = || synchronize(run.model.device()).map_err(Error::from);
-        synchronize()?;
-        let start = Instant::now();
-        for _ in 0..steps {
-            run.step(batch, per_step)?;
-        }
-        synchronize()?;
-        let duration = start.elapsed();
-        if let Test::Prefill { .. } = run.test {
-            // Its room is part of a prompt's cost, and in no other test's way.
-            run.cache = self.empty_cache(run.model, &run.test);
-        }
-        Ok(duration)
-    }
-
-    /// With room for all of a test's tokens to come, as generation has it.
-    fn empty_cache(&self, model: &dyn CausalLm, test: &Test) -> KvCache {
-        KvCache::with_dtype(model.num_layers(), self.cache_dtype).expecting(test.tokens())
-    }
 }
 
 impl Run<'_> {
+    /// Leaves a cache with room for all of a test's tokens to come, as generation has it.
+    fn empty_cache(&mut self) {
+        let cache = KvCache::with_dtype(self.model.num_layers(), self.cache_dtype);
+        self.cache = cache.expecting(self.test.tokens());
+    }
+
     /// Puts what comes before a test's tokens into its cache.
     fn fill(&mut self) -> anyhow::Result<()> {
         match self.test {
             Test::Decode { batch, context, .. } if context > 0 => self.step(batch, context),
             _ => Ok(()),
         }
+    }
+
+    /// One repetition, of at most `tokens` tokens where they are generated.
+    fn time(&mut self, tokens: usize) -> anyhow::Result<Duration> {
+        let (batch, per_step, steps) = match self.test {
+            Test::Prefill { batch, prompt_len } => (batch, prompt_len, 1),
+            Test::Decode { batch, context, gen_len } => {
+                self.cache.truncate(context);
+                (batch, 1, gen_len.min(tokens))
+            }
+        };
+        let model = self.model;
+        let synchronize = || synchronize(model.device()).map_err(Error::from);
+        synchronize()?;
+        let start = Instant::now();
+        for _ in 0..steps {
+            self.step(batch, per_step)?;
+        }
+        synchronize()?;
+        let duration = start.elapsed();
+        if let Test::Prefill { .. } = self.test {
+            // Its room is part of a prompt's cost, and in no other test's way.
+            self.empty_cache();
+        }
+        Ok(duration)
     }
 
     /// One pass of `len` random tokens a sequence up to the logits, as generation does it.

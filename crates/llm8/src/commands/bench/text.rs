@@ -9,18 +9,20 @@ use crate::commands::model;
 use crate::output::{precise_bytes, thousands};
 
 /// Columns that hold words, and are not set to the right.
-const WORDS: [&str; 2] = ["", "test"];
+const WORDS: [&str; 3] = ["", "cache", "test"];
 
 pub fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    let heading = ["", "threads", "batch", "test", "tokens/s", "min", "max", "first token", "a token", "of the limit"];
+    let heading =
+        ["", "threads", "batch", "cache", "test", "tokens/s", "min", "max", "first token", "a token", "of the limit"];
     table.add_row(heading);
     table.add_rows(rows.iter().map(|row| {
         [
             precision(row),
             row.threads.to_string(),
             row.batch.to_string(),
+            row.cache_dtype.clone(),
             test(row),
             rate(row.median),
             rate(row.min),
