@@ -77,6 +77,9 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
     assert_eq!((&decode["prompt_len"], &decode["gen_len"], &decode["context"]), (&0.into(), &3.into(), &5.into()));
     assert!(number(decode, "token_seconds") > 0.0 && decode["first_token_seconds"].is_null());
 
+    let prompt = ["--batch=2", "--context=5", "--prompt-len=8", "--gen-len=3", "--repetitions=1", "--threads=1"];
+    let once = json_of(&[["bench", "-q", "--json", "-m", folder].as_slice(), &prompt].concat());
+    let [prefill, decode] = [&once[0], &once[1]];
     // A step of both sequences reads the weights once.
     let limit = number(decode, "read_bandwidth") / number(decode, "weight_bytes_per_token") * 2.0;
     assert!((number(decode, "limit") / limit - 1.0).abs() < 1e-9, "{decode}");
@@ -161,7 +164,7 @@ fn tables_and_comma_separated_values() {
     let table =
         stdout(&succeeds(&quick(folder, &["--precision", "int8,bf16", "--int8-head", "--cache-dtype", "f16,int8"])));
     let limits = ["of the limit", "limits of 1 thread", "medians of 2"];
-    for part in ["prompt of 8", "3 tokens", "int8 + head", "bf16", "f16", "int8  "].into_iter().chain(limits) {
+    for part in ["prompt of 8", "3 tokens", "int8 + head", "bf16", " f16 ", "int8  "].into_iter().chain(limits) {
         assert!(table.contains(part), "`{part}` is not in: {table}");
     }
     let csv = stdout(&succeeds(&quick(folder, &["--csv"])));
@@ -206,6 +209,9 @@ fn what_cannot_be_measured() {
     );
     let both = ["--dummy-weights", "--precision", "int8-head,f16", "--together", "-m", immense.to_str().unwrap()];
     fails(&both, 1, &["int8 + head and f16 need", "hint: "]);
+    let caches = ["--dummy-weights", "--cache-dtype", "f32,int16", "-m", immense.to_str().unwrap()];
+    fails(&caches, 1, &["int8 needs", "576 tokens in each of 2 caches, but", "hint: "]);
+    fails(&["--precision", "int8,int8-head", "--int8-head"], 2, &["the same precision"]);
     let published = ["--offline", "--cache-dir", "no-such-cache", "-m", "bigscience/bloom-560m"];
     fails(&published, 1, &["offline", "--dummy-weights measures the model with random weights"]);
 }

@@ -64,7 +64,7 @@ pub struct Kernels {
     pub quantize: fn(x: &[f32], inverse: f32, codes: &mut [i8]),
     /// The sum of all codes.
     pub sum_codes: fn(codes: &[i8]) -> i32,
-    /// Puts the codes (tokens, cols) in the order in which `int8_dots` uses them, if that is another.
+    /// Puts the codes (tokens, cols) in the order in which `int8_dots` uses them; empty where it is this one.
     pub pack_codes: fn(codes: &[i8], cols: usize) -> Vec<CodeLine>,
     /// The integer sums of products of codes; see [`Int8Dots`].
     pub int8_dots: Int8Dots,
@@ -138,9 +138,9 @@ pub type LayerNormRow = fn(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, ou
 pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2], sums: &mut [f32], width: usize);
 
 /// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
-/// `lanes` l, a multiple of 16, for a (rows, ..) and sums (rows, width). Lanes of b lie as in [`OuterSum`], and end where it
-/// does. One row walks along b as it lies in memory, and asks ahead for the rest of it and then for `next`, which
-/// need not exist.
+/// `lanes` l, a multiple of 16, for a (rows, ..) and sums (rows, width). Lanes of b lie as in [`OuterSum`], and b ends
+/// with the last of them. One row walks along b as it lies in memory, and asks ahead for the rest of it and then for
+/// `next`, which need not exist.
 pub type PairSums<C> = fn(
     a: &[Pair],
     depth: usize,

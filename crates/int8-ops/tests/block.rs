@@ -152,8 +152,12 @@ fn distance(found: &[f32], wanted: &[f64], deviations: &[f64]) -> f64 {
 fn attention_over_a_cache_in_integers_is_as_exact_as_their_rounding_and_the_same_everywhere() -> Result<()> {
     const HEADS: usize = 24;
     for (past, tokens, head_dim, slope) in [
+        (0, 1, 5, 0.0),
         (0, 40, 5, 0.0),
+        (0, 70, 17, 0.1),
         (0, 70, 64, 0.0),
+        (200, 1, 80, 0.0),
+        (1000, 1, 64, 0.4),
         (63, 2, 80, 0.3),
         (64, 30, 17, 0.7),
         (500, 50, 128, 0.0),

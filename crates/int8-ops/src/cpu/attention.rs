@@ -102,6 +102,7 @@ pub(crate) fn attend(
     out: &mut [MaybeUninit<f32>],
 ) {
     let &Queries { heads, tokens, head_dim, .. } = queries;
+    assert_eq!(out.len(), queries.batch * tokens * heads * head_dim);
     let units_per_head = tokens.div_ceil(QUERIES_PER_UNIT);
     let products = 2 * QUERIES_PER_UNIT.min(tokens) * (past + tokens) * head_dim;
     let units_per_part = (PRODUCTS_PER_PART / products.max(1)).max(1);
@@ -120,6 +121,7 @@ pub(crate) fn attend(
                 &mut contexts,
                 &mut room,
             );
+            assert_eq!(contexts.len(), of_unit.len() * padded(head_dim));
             for (token, context) in of_unit.zip(contexts.chunks(padded(head_dim))) {
                 let place = ((sequence * tokens + token) * heads + head) * head_dim;
                 // SAFETY: a head's place for a token belongs to one unit.

@@ -30,6 +30,7 @@ impl<'a, T> Places<'a, T> {
     }
 
     /// Where a place is, or would be.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn address(&self, place: usize) -> *const T {
         self.first.wrapping_add(place)
     }

@@ -413,6 +413,7 @@ fn float_dots<T: Copy + Into<f32>>(x: &[f32], weight: &[T], cols: usize, sums: &
     }
 }
 
+#[expect(clippy::too_many_arguments)]
 fn pair_sums<C: Copy + Into<i32>>(
     a: &[Pair],
     depth: usize,

@@ -28,7 +28,7 @@ pub struct Token<'a> {
     pub outlier_columns: &'a [u32],
 }
 
-/// Codes that are used together.
+/// 64 codes of one token, aligned for a vector.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
 pub struct CodeLine(pub [i8; 64]);
@@ -78,8 +78,8 @@ const BYTES_PER_PART: usize = 1 << 15;
 
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
-    /// from memory; whole tiles of an int8 weight. Few: blocks that are worth beginning anew for every token with
-    /// what follows their sums. Many: blocks that are worth putting the weight in another order for; and as many
+    /// from memory; whole tiles of an int8 weight. Few: blocks long enough that finishing them token by token costs
+    /// little. Many: blocks that are worth putting the weight in another order for; and as many
     /// tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
         let (rows, least) = match tokens {

@@ -53,8 +53,9 @@ pub(super) fn prefetch_after<T>(weight: *const T) {
     prefetch(weight.cast::<i8>().wrapping_add(AHEAD));
 }
 
-/// What is brought to the second cache while a piece of memory is walked along: the rest of it, and then the next piece.
-#[derive(Clone)]
+/// What is brought to the second cache while a piece of memory is walked along: the rest of it, and then the next
+/// piece.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
 pub(super) struct Ahead<T> {
     bytes: usize,
     end: *const T,
@@ -63,7 +64,7 @@ pub(super) struct Ahead<T> {
 
 impl<T> Ahead<T> {
     /// Bytes to be ahead: as much as is on its way from memory at a time, and while there is something else to do.
-    pub(super) const BYTES: usize = 6144;
+    const BYTES: usize = 6144;
 
     /// `next` need not exist.
     pub(super) fn new(piece: &[T], next: Range<*const T>) -> Self {
@@ -89,7 +90,7 @@ impl<T> Ahead<T> {
 
     /// Asks for what of the next piece is more than this one's length away, but not too far.
     pub(super) fn prefetch_rest(&self) {
-        let len = (self.next.end as usize - self.next.start as usize).min(Self::BYTES);
+        let len = (self.next.end as usize).wrapping_sub(self.next.start as usize).min(Self::BYTES);
         (self.bytes..len).step_by(64).for_each(|byte| prefetch(self.next.start.wrapping_byte_add(byte)));
     }
 }

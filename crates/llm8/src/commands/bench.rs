@@ -43,6 +43,10 @@ fn check(args: &BenchArgs) -> anyhow::Result<()> {
     if precisions.iter().all(|precision| precision.precision != PrecisionName::Int8) {
         model::check_flags(&precisions[0])?;
     }
+    let both = [BenchPrecision::Int8, BenchPrecision::Int8Head];
+    if args.int8.int8_head && both.iter().all(|precision| args.precision.contains(precision)) {
+        return Err(Failure::usage("with --int8-head, int8 and int8-head are the same precision").into());
+    }
     if tests(args).is_empty() {
         return Err(Failure::usage("--prompt-len 0 and --gen-len 0 leave nothing to measure").into());
     }
@@ -65,12 +69,11 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
     tests
 }
 
-/// Every cache that is to be measured.
-fn caches(args: &BenchArgs) -> Vec<CacheArgs> {
-    match args.cache_dtype.as_slice() {
-        [] => vec![CacheArgs { dtype: None }],
-        dtypes => dtypes.iter().map(|&dtype| CacheArgs { dtype: Some(dtype) }).collect(),
-    }
+/// What keys and values are to be cached in, one after the other.
+fn caches(args: &BenchArgs, device: &Device) -> anyhow::Result<Vec<CacheDtype>> {
+    let dtypes: Vec<_> = args.cache_dtype.iter().copied().map(Some).collect();
+    let dtypes = if dtypes.is_empty() { vec![None] } else { dtypes };
+    dtypes.into_iter().map(|dtype| model::cache_dtype(CacheArgs { dtype }, device)).collect()
 }
 
 fn precision_args(args: &BenchArgs, precision: BenchPrecision) -> PrecisionArgs {
@@ -124,13 +127,13 @@ fn measure(args: &BenchArgs, threads: Option<u16>) -> anyhow::Result<Vec<Row>> {
     interrupt::listen(args.output.quiet);
     let (tests, precisions) = (tests(args), precisions(args, &folder)?);
 
+    let name = model::name(&args.model);
     let mut rows = Vec::new();
     for precisions in at_once(args, &precisions) {
         let loaded = precisions.iter().map(|precision| load(args, &folder, precision, &device));
         let loaded = loaded.collect::<anyhow::Result<Vec<_>>>()?;
         let models: Vec<&dyn CausalLm> = loaded.iter().map(|(loaded, _)| loaded.model.as_ref()).collect();
         let figures = measure_in_turns(args, precisions, &models, &tests)?;
-        let name = model::name(&args.model);
         for ((precision, (_, load)), figures) in precisions.iter().zip(&loaded).zip(&figures) {
             rows.extend(figures.iter().map(|figures| Row::new(&name, precision, load, figures)));
         }
@@ -162,8 +165,7 @@ fn measure_in_turns(
     models: &[&dyn CausalLm],
     tests: &[Test],
 ) -> anyhow::Result<Vec<Vec<Figures>>> {
-    let caches = caches(args).into_iter().map(|cache| model::cache_dtype(cache, models[0].device()));
-    let bench = Bench { repetitions: args.repetitions.into(), caches: caches.collect::<anyhow::Result<_>>()? };
+    let bench = Bench { repetitions: args.repetitions.into(), caches: caches(args, models[0].device())? };
     let say = |names: &str, text: &str| {
         if !args.output.quiet {
             output::say(&format!("{names}, {}: {text}", text::threads(rayon::current_num_threads())));
@@ -232,12 +234,9 @@ fn check_model(args: &BenchArgs, folder: &ModelFolder, device: &Device) -> anyho
             .filter(move |test| matches!(test, Test::Decode { .. }) == is_kept)
             .map(|test| test.batch() * test.tokens())
     };
-    let caches = caches(args);
-    // Counted as if all were in the largest of the dtypes.
-    let cached = cached(true).sum::<usize>() * caches.len() + cached(false).max().unwrap_or(0);
-    let largest = caches.into_iter().max_by_key(|cache| cache.dtype.map(|dtype| CacheDtype::from(dtype).bytes(1)));
-    let largest = largest.unwrap_or(CacheArgs { dtype: None });
+    let cached = cached(true).sum::<usize>() + cached(false).max().unwrap_or(0);
+    let caches = caches(args, device)?;
     at_once(args, &precisions(args, folder)?).try_for_each(|precisions| {
-        model::check_memory(cached, largest, folder, precisions, &args.processor, device, "")
+        model::check_memory(cached, &caches, folder, precisions, &args.processor, device, "")
     })
 }

@@ -41,7 +41,8 @@ pub fn run(args: Box<CompareArgs>) -> anyhow::Result<ExitCode> {
         // One after the other, the larger decides.
         let at_once = if args.together { &both[..] } else { &both[..1] };
         let tokens = model::tokens_of_run(folder, prompt_len, args.sampling.max_new_tokens)?;
-        model::check_memory(tokens, args.cache, folder, at_once, &args.machine.processor, &device, "generate ")
+        let cache = model::cache_dtype(args.cache, &device)?;
+        model::check_memory(tokens, &[cache], folder, at_once, &args.machine.processor, &device, "generate ")
     };
     // Before anything is downloaded; the prompt's tokens are known after the tokenizer's file is.
     let folder = model::folder(&args.model, &args.output, |folder| check(folder, 1))?;

@@ -20,7 +20,8 @@ pub fn run(args: Box<GenerateArgs>) -> anyhow::Result<ExitCode> {
     let check = |folder: &ModelFolder, prompt_len: usize| {
         let precision = model::precision(&args.precision, folder)?;
         let tokens = model::tokens_of_run(folder, prompt_len, args.sampling.max_new_tokens)?;
-        model::check_memory(tokens, args.cache, folder, &[precision], &args.machine.processor, &device, "")
+        let cache = model::cache_dtype(args.cache, &device)?;
+        model::check_memory(tokens, &[cache], folder, &[precision], &args.machine.processor, &device, "")
     };
     // Before anything is downloaded; the prompt's tokens are known after the tokenizer's file is.
     let folder = model::folder(&args.model, &args.output, |folder| check(folder, 1))?;

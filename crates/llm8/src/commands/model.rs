@@ -172,11 +172,11 @@ pub fn tokens_of_run(folder: &ModelFolder, prompt_len: usize, max_new_tokens: us
 }
 
 /// An error when the memory that is free on the device is too little for the model in `folder`, with so many
-/// tokens in such a cache, at these precisions at once, unless the arguments say to go on; it names a cache
-/// or a precision that would fit. `command` stands before a precision's flags, where they are another command's.
+/// tokens in each of these caches, at these precisions at once, unless the arguments say to go on; it names a cache
+/// or a precision that would fit alone. `command` stands before a precision's flags, where they are another command's.
 pub fn check_memory(
     tokens: usize,
-    cache: CacheArgs,
+    caches: &[CacheDtype],
     folder: &ModelFolder,
     precisions: &[Precision],
     args: &ProcessorArgs,
@@ -184,13 +184,14 @@ pub fn check_memory(
     command: &str,
 ) -> anyhow::Result<()> {
     let footprint = Footprint::of(folder)?;
-    let with_cache = |precision: &Precision, dtype: CacheDtype| {
-        footprint.weights(precision).total().saturating_add(footprint.kv_cache(tokens, dtype))
+    let with_caches = |precision: &Precision, caches: &[CacheDtype]| {
+        let weights = footprint.weights(precision).total();
+        caches.iter().fold(weights, |sum, &dtype| sum.saturating_add(footprint.kv_cache(tokens, dtype)))
     };
-    let together =
-        |dtype| precisions.iter().fold(0u64, |sum, precision| sum.saturating_add(with_cache(precision, dtype)));
-    let dtype = cache_dtype(cache, device)?;
-    let needed = together(dtype);
+    let together = |caches: &[CacheDtype]| {
+        precisions.iter().fold(0u64, |sum, precision| sum.saturating_add(with_caches(precision, caches)))
+    };
+    let needed = together(caches);
     let Some(free) = device::free_memory(device).filter(|free| needed > *free && !args.force) else {
         return Ok(());
     };
@@ -201,21 +202,21 @@ pub fn check_memory(
         if dtype == default_dtype { String::new() } else { format!(" --cache-dtype {}", dtype.name()) }
     };
     // Another cache first, and then from what loses least to what takes least.
-    let caches = [default_dtype, CacheDtype::F16, least_dtype]
-        .map(|dtype| (format!("--cache-dtype {}", dtype.name()), together(dtype)));
+    let other_caches = [default_dtype, CacheDtype::F16, least_dtype]
+        .map(|dtype| (format!("--cache-dtype {}", dtype.name()), together(&[dtype])));
     let precisions_down = [
         ("--precision f16", Precision::F16),
         ("--precision int8", int8(false)),
         ("--precision int8 --int8-head", int8(true)),
     ];
     let precisions_down = precisions_down.iter().flat_map(|(flags, precision)| {
-        let of = |dtype| (format!("{command}{flags}{}", held_in(dtype)), with_cache(precision, dtype));
-        [dtype, default_dtype, least_dtype].map(of)
+        let of = |dtype| (format!("{command}{flags}{}", held_in(dtype)), with_caches(precision, &[dtype]));
+        caches.iter().copied().take(1).chain([default_dtype, least_dtype]).map(of).collect::<Vec<_>>()
     });
-    let smaller: Vec<(String, u64)> = caches.into_iter().chain(precisions_down).collect();
+    let smaller: Vec<(String, u64)> = other_caches.into_iter().chain(precisions_down).collect();
     let apart = precisions
         .iter()
-        .map(|precision| with_cache(precision, dtype))
+        .map(|precision| with_caches(precision, caches))
         .max()
         .filter(|largest| precisions.len() > 1 && *largest <= free);
     let least = smaller.iter().map(|(_, bytes)| *bytes).min().unwrap_or(needed);
@@ -238,9 +239,13 @@ pub fn check_memory(
     let (needed, free) = (output::precise_bytes(needed), output::precise_bytes(free));
     let place = if device.is_cpu() { String::new() } else { format!(" on {}", label(device)) };
     let tokens = output::thousands(tokens as u64);
+    let cache = match caches {
+        [_] => "the cache".to_string(),
+        _ => format!("each of {} caches", caches.len()),
+    };
     let verb = if precisions.len() > 1 { "need" } else { "needs" };
     let message = format!(
-        "{}: {names} {verb} {needed} of memory{place} with {tokens} tokens in the cache, but {free} is free",
+        "{}: {names} {verb} {needed} of memory{place} with {tokens} tokens in {cache}, but {free} is free",
         folder.path().display()
     );
     Err(Failure::new(message).with_hint(format!("{hint}; --force goes on all the same")).into())

@@ -96,9 +96,9 @@ pub(crate) const LARGEST: f32 = 16_777_216.0;
 /// f32, and then pairs of codes.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerCache<'a, C> {
-    /// (batch, heads, blocks) records of pairs of features (4, head_dim / 2, 16 keys).
+    /// (batch, heads, blocks) records (4, pairs of features, 16 keys).
     keys: &'a [u32],
-    /// (batch, heads, blocks) records of pairs of values (32, padded head_dim).
+    /// (batch, heads, blocks) records (32 pairs of values, padded head_dim).
     values: &'a [u32],
     blocks: usize,
     code: PhantomData<C>,
@@ -238,7 +238,7 @@ impl Query {
 /// Room for the queries of a head.
 #[derive(Default)]
 pub(crate) struct IntegerRoom {
-    /// (queries, head_dim / 2).
+    /// (queries, pairs of features): the other half of an odd head's last pair stays zero.
     codes: Vec<Pair>,
     /// (queries).
     queries: Vec<Query>,
@@ -310,7 +310,8 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
             let sums = &mut sums[..queries.len() * width];
             let next_keys = self.keys.as_ptr().wrapping_add(next * key_record + KEYS_PER_BLOCK).cast::<[C; 2]>();
-            let next_lanes = if block > 0 { KEYS_PER_BLOCK } else { last % KEYS_PER_BLOCK / LANES * LANES + LANES };
+            let next_lanes =
+                if block > 0 { KEYS_PER_BLOCK } else { (last % KEYS_PER_BLOCK + 1).next_multiple_of(LANES) };
             let next_keys = next_keys..next_keys.wrapping_add(next_lanes * depth);
             if count == 1 {
                 Ahead::new(values, next_keys.clone()).prefetch_rest();

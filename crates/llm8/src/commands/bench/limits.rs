@@ -30,6 +30,14 @@ pub struct Limits {
 const COPY_BYTES: RangeInclusive<usize> = 1 << 28..=1 << 30;
 
 impl Limits {
+    pub const NONE: Self = Self {
+        read_bandwidth: None,
+        copy_bandwidth: None,
+        int8_dot_peak: None,
+        int8_matmul_peak: None,
+        f16_matmul_peak: None,
+    };
+
     /// What the machine gives at this moment. Memory is read where the model's weights are: other work on the
     /// machine, and what pages a program has been given, make twice as much or half of it.
     pub fn measure(model: &dyn CausalLm) -> Result<Self, Error> {
@@ -40,7 +48,7 @@ impl Limits {
         let bytes = model.read_weights()?;
         let read_bandwidth = Some(bytes as f64 / start.elapsed().as_secs_f64());
         let int8_dot_peak = int8_dot_peak(rayon::current_num_threads());
-        Ok(Self { read_bandwidth, copy_bandwidth: None, int8_dot_peak, int8_matmul_peak: None, f16_matmul_peak: None })
+        Ok(Self { read_bandwidth, int8_dot_peak, ..Self::NONE })
     }
 
     fn of_device(device: &Device) -> Result<Self, Error> {
@@ -51,11 +59,10 @@ impl Limits {
         let copy_bandwidth = if has_room { device::copy_bandwidth(device, bytes)? } else { None };
         let peaks = device::matmul_peaks(device)?;
         Ok(Self {
-            read_bandwidth: None,
             copy_bandwidth,
-            int8_dot_peak: None,
             int8_matmul_peak: peaks.map(|peaks| peaks.int8),
             f16_matmul_peak: peaks.map(|peaks| peaks.f16),
+            ..Self::NONE
         })
     }
 
@@ -69,6 +76,12 @@ impl Limits {
     pub fn int8_peak(&self) -> Option<(&'static str, f64)> {
         let dots = self.int8_dot_peak.map(|operations| ("int8_dot_peak", operations));
         dots.or(self.int8_matmul_peak.map(|operations| ("int8_matmul_peak", operations)))
+    }
+
+    /// What was measured before and after something: the mean of each.
+    pub fn around(before: &Self, after: &Self) -> Self {
+        // The median of two is between them.
+        Self::median(&[*before, *after])
     }
 
     /// The median of each.

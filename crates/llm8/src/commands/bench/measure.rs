@@ -60,8 +60,8 @@ pub struct Figures {
     pub cache_dtype: CacheDtype,
     /// Of each repetition.
     pub seconds: Vec<f64>,
-    /// Those of the machine, measured before each repetition; of a CUDA device, before the test.
-    pub limits: Limits,
+    /// Those of the machine around each repetition; of a CUDA device those before the test, once.
+    pub limits: Vec<Limits>,
     /// The process's largest memory while the test ran alone.
     pub peak_rss_bytes: Option<usize>,
     /// The most that was taken on a CUDA device while the test ran alone.
@@ -87,12 +87,25 @@ impl Spread {
 impl Figures {
     /// Tokens of all sequences together.
     pub fn tokens_per_second(&self) -> Spread {
+        Spread::of(self.rates().collect())
+    }
+
+    /// Tokens of all sequences a second, in each repetition.
+    fn rates(&self) -> impl Iterator<Item = f64> {
         let per_sequence = match self.test {
             Test::Prefill { prompt_len, .. } => prompt_len,
             Test::Decode { gen_len, .. } => gen_len,
         };
         let tokens = (self.test.batch() * per_sequence) as f64;
-        Spread::of(self.seconds.iter().map(|seconds| tokens / seconds).collect())
+        self.seconds.iter().map(move |seconds| tokens / seconds)
+    }
+
+    /// The median share of the tokens a second that the limits around a repetition allow, by `limit`.
+    pub fn share(&self, limit: impl Fn(&Limits) -> Option<f64>) -> Option<f64> {
+        // One serves all where there is one.
+        let limits = self.limits.iter().cycle().map(limit);
+        let shares: Option<Vec<f64>> = self.rates().zip(limits).map(|(rate, limit)| Some(rate / limit?)).collect();
+        shares.filter(|shares| !shares.is_empty()).map(median)
     }
 
     pub fn median_seconds(&self) -> f64 {
@@ -132,7 +145,7 @@ impl Bench {
         let device = models[0].device();
         let mut runs = Vec::new();
         let mut peaks = Vec::new();
-        // What may be compared with each other stands side by side: one test of all models.
+        // What may be compared with each other stands side by side: one test with all caches and models.
         let tests = tests.iter().flat_map(|test| self.caches.iter().map(move |cache_dtype| (test, cache_dtype)));
         for ((&test, &cache_dtype), &model) in tests.flat_map(|test| models.iter().map(move |model| (test, model))) {
             // Of the one before, which would count as this one's memory.
@@ -160,11 +173,12 @@ impl Bench {
         }
         for turn in 1..=self.repetitions {
             for run in &mut runs {
-                if device.is_cpu() {
-                    run.limits.push(Limits::measure(run.model)?);
-                }
+                let before = device.is_cpu().then(|| Limits::measure(run.model)).transpose()?;
                 let duration = run.time(usize::MAX)?;
                 run.seconds.push(duration.as_secs_f64());
+                if let Some(before) = before {
+                    run.limits.push(Limits::around(&before, &Limits::measure(run.model)?));
+                }
             }
             after_turn(turn);
         }
@@ -174,7 +188,7 @@ impl Bench {
                 test: run.test,
                 cache_dtype: run.cache_dtype,
                 seconds: run.seconds,
-                limits: Limits::median(&run.limits),
+                limits: run.limits,
                 peak_rss_bytes,
                 peak_device_bytes,
             });
@@ -236,6 +250,29 @@ impl Run<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_is_the_median_of_what_each_repetition_reached_of_its_own_limit() {
+        let limits = |bandwidths: &[f64]| {
+            let limits = |&bandwidth| Limits { read_bandwidth: Some(bandwidth), ..Limits::NONE };
+            bandwidths.iter().map(limits).collect()
+        };
+        let test = Test::Decode { batch: 2, context: 0, gen_len: 3 };
+        // 6, 3 and 2 tokens a second.
+        let seconds = vec![1.0, 2.0, 3.0];
+        let mut figures = Figures {
+            test,
+            cache_dtype: CacheDtype::F32,
+            seconds,
+            limits: limits(&[8.0, 6.0, 2.0]),
+            peak_rss_bytes: None,
+            peak_device_bytes: None,
+        };
+        assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.75));
+        assert_eq!(figures.share(|_| None), None);
+        figures.limits = limits(&[12.0]);
+        assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.25));
+    }
 
     #[test]
     fn a_spread_is_from_the_least_to_the_most() {

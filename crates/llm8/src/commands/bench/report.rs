@@ -5,6 +5,7 @@ use int8_ops::cpu::Kernels;
 use int8_ops::device;
 use serde::{Deserialize, Serialize};
 
+use super::limits::Limits;
 use super::measure::{Figures, Test};
 use crate::commands::model;
 use crate::output;
@@ -41,7 +42,7 @@ pub struct Row {
     pub unit: String,
     /// What the machine's limit allows, in the same unit; null where it is not known.
     pub limit: Option<f64>,
-    /// The median's.
+    /// The median of what share each repetition reached of the limits measured around it.
     pub share_of_limit: Option<f64>,
     /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it; on a CUDA device `int8_matmul_peak`
     /// and `copy_bandwidth`.
@@ -53,7 +54,7 @@ pub struct Row {
     pub load_seconds: f64,
     /// Null where the system does not tell, as `peak_rss_bytes`.
     pub load_peak_rss_bytes: Option<usize>,
-    /// While the test ran alone. Models that are in memory as well count here and above.
+    /// While the test ran alone. Other models that are in memory count in all of these peaks.
     pub peak_rss_bytes: Option<usize>,
     /// What the weights have taken on a CUDA device, as it counts; null on the CPU, as the next.
     pub device_bytes: Option<usize>,
@@ -109,23 +110,25 @@ impl Load {
 
 impl Row {
     pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures) -> Self {
-        let limits = figures.limits;
+        let limits = Limits::median(&figures.limits);
         let speed = figures.tokens_per_second();
         let seconds = figures.median_seconds();
         let batch = figures.test.batch();
         // A step reads the weights once for all sequences; every token of a prompt has its own products.
-        let (test, prompt_len, gen_len, context, limit, limited_by) = match figures.test {
-            Test::Prefill { prompt_len, .. } => {
+        let limit_by = |limits: &Limits| match figures.test {
+            Test::Prefill { .. } => {
                 let operations = load.int8_operations_per_token as f64;
-                let (limited_by, peak) = limits.int8_peak().filter(|_| operations > 0.0).unzip();
-                let limit = peak.map(|peak| peak / operations);
-                ("prefill", prompt_len, 0, 0, limit, limited_by.unwrap_or_default())
+                limits.int8_peak().filter(|_| operations > 0.0).map(|(name, peak)| (name, peak / operations))
             }
-            Test::Decode { context, gen_len, .. } => {
-                let (limited_by, bandwidth) = limits.bandwidth().unzip();
-                let limit = bandwidth.map(|bytes| bytes / load.weight_bytes_per_token as f64 * batch as f64);
-                ("decode", 0, gen_len, context, limit, limited_by.unwrap_or_default())
+            Test::Decode { .. } => {
+                let bytes = load.weight_bytes_per_token as f64;
+                limits.bandwidth().map(|(name, bandwidth)| (name, bandwidth / bytes * batch as f64))
             }
+        };
+        let (limited_by, limit) = limit_by(&limits).unzip();
+        let (test, prompt_len, gen_len, context) = match figures.test {
+            Test::Prefill { prompt_len, .. } => ("prefill", prompt_len, 0, 0),
+            Test::Decode { context, gen_len, .. } => ("decode", 0, gen_len, context),
         };
         let is_prefill = gen_len == 0;
         Self {
@@ -149,8 +152,8 @@ impl Row {
             max: speed.max,
             unit: "tokens/s".to_string(),
             limit,
-            share_of_limit: limit.map(|limit| speed.median / limit),
-            limited_by: limit.map(|_| limited_by.to_string()),
+            share_of_limit: figures.share(|limits| limit_by(limits).map(|(_, limit)| limit)),
+            limited_by: limited_by.map(str::to_string),
             first_token_seconds: is_prefill.then_some(seconds),
             token_seconds: (!is_prefill).then(|| seconds / gen_len as f64),
             load_seconds: load.seconds,
