@@ -529,7 +529,7 @@ fn a_model_that_is_too_large_for_the_memory() {
     let smallest = generate(&["--int8-head", "--cache-dtype", "int8"]);
     let together = ["compare", "-q", "--together", "-n", &usize::MAX.to_string(), "hi"];
     check_failure(&llm8(&together).output().unwrap(), 1, &["f16 and int8 need ", "hint: "]);
-    check_failure(&smallest, 1, &[": int8 needs ", "hint: there is no smaller way to hold it; --force"]);
+    check_failure(&smallest, 1, &[": int8 + head needs ", "hint: there is no smaller way to hold it; --force"]);
     // A block takes 403 MB at f16 and half of that at int8: as many as make two thirds of what is free.
     let footprint = json_of(&["footprint", "--json", "-q", "-m", folder.to_str().unwrap()]);
     let available = footprint["machine"]["available_bytes"].as_u64().unwrap();

@@ -133,7 +133,8 @@ proptest! {
                 let (row, lane) = (index / width, index % width);
                 let wanted = |b: &dyn Fn(usize) -> [i64; 2]| {
                     let products = (0..depth).flat_map(|k| {
-                        let (a, b) = (a[row * (depth + spare) + k], b(k * strides[0] + lane / 16 * strides[1] + lane % 16));
+                        let a = a[row * (depth + spare) + k];
+                        let b = b(k * strides[0] + lane / 16 * strides[1] + lane % 16);
                         [0, 1].map(|part| i64::from(a[part]) * b[part])
                     });
                     products.sum::<i64>() as i32

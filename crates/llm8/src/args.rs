@@ -407,7 +407,8 @@ pub struct BenchArgs {
     pub dummy_weights: bool,
 
     /// What the weights of the linear layers are held in.
-    #[arg(long, value_enum, default_values_t = [BenchPrecision::Int8], value_delimiter = ',', help_heading = "Precision")]
+    #[arg(long, value_enum, default_values_t = [BenchPrecision::Int8], value_delimiter = ',')]
+    #[arg(help_heading = "Precision")]
     pub precision: Vec<BenchPrecision>,
 
     /// Keep the model in all precisions in memory, and measure them in turns too, instead of one after the other: what

@@ -89,9 +89,9 @@ pub(crate) fn padded(head_dim: usize) -> usize {
 }
 
 /// softmax(scale * q k^T + slope * key position) v over the keys up to each query's own position, into
-/// `out` (batch, tokens, heads, head_dim), all of which it writes; `past` tokens come before the first query. ALiBi comes by a
-/// slope for each head: what is constant over the keys changes no softmax, so the key's absolute position
-/// serves every query.
+/// `out` (batch, tokens, heads, head_dim), all of which it writes; `past` tokens come before the first
+/// query. ALiBi comes by a slope for each head: what is constant over the keys changes no softmax, so the
+/// key's absolute position serves every query.
 pub(crate) fn attend(
     kernels: &Kernels,
     queries: &Queries,

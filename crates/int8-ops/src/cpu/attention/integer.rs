@@ -277,7 +277,8 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
         let last = head.position + count - 1;
         for block in (0..=last / KEYS_PER_BLOCK).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
-            // The block before comes next, and after the first one, where there is one token, the last of the next head.
+            // The block before comes next, and after the first one, where there is one token, the last of the next
+            // head.
             let next = if block > 0 { index - 1 } else { index + self.blocks + last / KEYS_PER_BLOCK };
             let (key_record, value_record) = (key_record::<C>(head.head_dim), value_record::<C>(head.head_dim));
             let (key_scales, keys) = parts::<C>(&self.keys[index * key_record..][..key_record]);
