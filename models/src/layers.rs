@@ -2,6 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use candle_nn::Module;
+use int8_ops::profile::{self, Part};
 use int8_ops::{
     FloatLinear, Fused, Int8Linear, Int8LinearGroup, Int8Matrix, LayerNorm, float_matmul, int8_matmul, read_floats,
 };
@@ -130,10 +131,10 @@ impl Embedding {
     /// The logits (.., vocabulary), in `F32` on the CPU, of hidden states (.., width): their products with every
     /// row.
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = match &self.table {
+        let logits = profile::time(Part::Head, || match &self.table {
             Table::Float(table) => float_matmul(hidden, table, None),
             Table::Int8 { matrix, threshold } => int8_matmul(hidden, matrix, None, *threshold),
-        };
+        });
         // Widened where they are used: 16 bits are half of the way.
         logits?.to_device(&Device::Cpu)?.to_dtype(DType::F32)
     }

@@ -12,6 +12,7 @@ pub use self::cache::{AttentionCache, CacheDtype};
 use crate::cpu::{self, FloatCache, IntegerCache, Kernels, Queries};
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::profile::{self, Part};
 
 /// From one batch entry, head and token to the next in (batch, heads, tokens, head_dim).
 pub(crate) fn head_strides(layout: &Layout) -> Result<[usize; 3]> {
@@ -126,7 +127,8 @@ impl Attention {
             cpu::attend(self.kernels, queries, cache, self.past, scale, self.slopes.as_deref(), out);
             Ok(())
         };
+        let len = queries.batch * queries.tokens * queries.heads * queries.head_dim;
         // SAFETY: every head of every token is written.
-        unsafe { cpu::written(queries.batch * queries.tokens * queries.heads * queries.head_dim, attend) }
+        profile::time(Part::Attention, || unsafe { cpu::written(len, attend) })
     }
 }

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, ba
 use crate::cpu::{Kernels, for_each_rows};
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::profile::{self, Part};
 
 /// What comes between the two layers of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +62,9 @@ impl InplaceOp1 for Activation {
         let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
             bail!("{}: x must be contiguous F32", self.name())
         };
-        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| self.kernel()(x));
+        profile::time(Part::Elementwise, || {
+            for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| self.kernel()(x));
+        });
         Ok(())
     }
 
@@ -97,8 +100,10 @@ impl InplaceOp2 for Add {
         let CpuStorage::F32(other) = other else { bail!("add: both must be F32") };
         let other = &other[other_layout.start_offset()..][..end - start];
         let kernels = Kernels::active();
-        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |first, x| {
-            (kernels.add)(x, &other[first * VALUES_PER_ROW..][..x.len()]);
+        profile::time(Part::Elementwise, || {
+            for_each_rows(&mut x[start..end], VALUES_PER_ROW, |first, x| {
+                (kernels.add)(x, &other[first * VALUES_PER_ROW..][..x.len()]);
+            });
         });
         Ok(())
     }

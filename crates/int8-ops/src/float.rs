@@ -10,6 +10,7 @@ use crate::cpu::{self, Kernels, OutputColumns, Values};
 use crate::cuda;
 use crate::fused::Fused;
 use crate::matmul::{bias_values, check_bias};
+use crate::profile::{self, Part};
 
 /// `x W^T + bias` for activations `x` (.., in) and a weight (out, in), each in f32, f16 or bf16; the
 /// result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out), in any of the three too.
@@ -106,7 +107,9 @@ impl CustomOp1 for FloatMatmul {
             })
         };
         // SAFETY: the product fills its columns, which are all.
-        let product = unsafe { cpu::written(layout.shape().elem_count() / cols * rows, fill)? };
+        let product = profile::time(Part::Products, || unsafe {
+            cpu::written(layout.shape().elem_count() / cols * rows, fill)
+        })?;
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = rows;

@@ -9,6 +9,7 @@ use crate::cpu::{self, Kernels, for_each_rows};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::matmul::{is_vector_dtype, vector_values};
+use crate::profile::{self, Part};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of x (.., width), `F32` on
 /// the CPU; the variance is that of the whole population.
@@ -47,6 +48,28 @@ impl LayerNorm {
     }
 }
 
+impl LayerNorm {
+    /// Of x (rows, width).
+    fn norm_rows(&self, x: &[f32], width: usize) -> Result<Vec<f32>> {
+        let kernels = Kernels::active();
+        let mut out = cpu::zeros(x.len());
+        vector_values(&self.weight, |weight| {
+            vector_values(&self.bias, |bias| {
+                let (mut weight_room, mut bias_room) = (Vec::new(), Vec::new());
+                let weight = weight.widened(0..width, &mut weight_room);
+                let bias = bias.widened(0..width, &mut bias_room);
+                for_each_rows(&mut out, width, |first, out| {
+                    for (row, out) in (first..).zip(out.chunks_mut(width)) {
+                        (kernels.layer_norm)(&x[row * width..][..width], weight, bias, self.eps, out);
+                    }
+                });
+                Ok(())
+            })
+        })?;
+        Ok(out)
+    }
+}
+
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.contiguous()?.apply_op1_no_bwd(self)
@@ -66,21 +89,7 @@ impl CustomOp1 for LayerNorm {
         if layout.dims().last() != Some(&width) {
             bail!("layer norm: x is {:?}, but the weight is ({width})", layout.shape());
         }
-        let kernels = Kernels::active();
-        let mut out = cpu::zeros(x.len());
-        vector_values(&self.weight, |weight| {
-            vector_values(&self.bias, |bias| {
-                let (mut weight_room, mut bias_room) = (Vec::new(), Vec::new());
-                let weight = weight.widened(0..width, &mut weight_room);
-                let bias = bias.widened(0..width, &mut bias_room);
-                for_each_rows(&mut out, width, |first, out| {
-                    for (row, out) in (first..).zip(out.chunks_mut(width)) {
-                        (kernels.layer_norm)(&x[row * width..][..width], weight, bias, self.eps, out);
-                    }
-                });
-                Ok(())
-            })
-        })?;
+        let out = profile::time(Part::Norm, || self.norm_rows(x, width))?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 

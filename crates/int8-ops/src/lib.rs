@@ -32,6 +32,7 @@ mod linear;
 mod matmul;
 mod matrix;
 mod outliers;
+pub mod profile;
 mod quantize;
 
 pub use attention::{AttentionCache, CacheDtype, attention, attention_with};

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Error, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::cpu::{self, Activations, FloatSlice, Kernels, OutputColumns, Values};
 #[cfg(feature = "cuda")]
@@ -14,6 +14,7 @@ use crate::fused::Fused;
 use crate::layer_norm::LayerNorm;
 use crate::matrix::Int8Matrix;
 use crate::outliers::check_threshold;
+use crate::profile::{self, Part};
 
 /// One weight (out, in) and its bias (out) in f32, f16 or bf16.
 pub type WeightAndBias<'a> = (&'a Int8Matrix, Option<&'a Tensor>);
@@ -142,8 +143,10 @@ impl CustomOp1 for Int8Matmul {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let values = Values::from_storage(x, layout)?;
-        let activations = Activations::quantize(self.kernels, &values, self.threshold);
+        let activations = profile::time(Part::Quantize, || {
+            let values = Values::from_storage(x, layout)?;
+            Ok::<_, Error>(Activations::quantize(self.kernels, &values, self.threshold))
+        })?;
         let width = self.width();
         let fill = |matrix: &mut [MaybeUninit<f32>]| {
             let mut first = 0;
@@ -160,9 +163,11 @@ impl CustomOp1 for Int8Matmul {
             }
             Ok(())
         };
-        // SAFETY: each product fills its columns, and together they are as wide as the matrix.
-        let product = unsafe { cpu::written(activations.scales.len() * width, fill)? };
-        Ok((cpu::round_to_dtype_of(x, product), self.shape(layout)))
+        profile::time(Part::Products, || {
+            // SAFETY: each product fills its columns, and together they are as wide as the matrix.
+            let product = unsafe { cpu::written(activations.scales.len() * width, fill)? };
+            Ok((cpu::round_to_dtype_of(x, product), self.shape(layout)))
+        })
     }
 }
 

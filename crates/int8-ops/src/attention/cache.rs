@@ -7,6 +7,7 @@ use super::head_strides;
 use crate::cpu::{self, CacheCode, CacheValue, KEYS_PER_BLOCK, Kernels, LANES, Pair, padded, team};
 #[cfg(feature = "cuda")]
 use crate::cuda;
+use crate::profile::{self, Part};
 
 /// What keys and values are cached in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,8 +172,10 @@ impl AttentionCache {
         if self.keys.device().is_cuda() {
             return cuda::write_cache(&self.keys, &self.values, past, keys, values);
         }
-        self.keys.inplace_op2(keys, &Write { past, place: Place::Key, dtype: self.dtype })?;
-        self.values.inplace_op2(values, &Write { past, place: Place::Value, dtype: self.dtype })
+        profile::time(Part::Cache, || {
+            self.keys.inplace_op2(keys, &Write { past, place: Place::Key, dtype: self.dtype })?;
+            self.values.inplace_op2(values, &Write { past, place: Place::Value, dtype: self.dtype })
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use int8_models::{CacheDtype, CausalLm, Error, KvCache};
 use int8_ops::device::{peak_bytes, synchronize};
+use int8_ops::profile::{self, Part, Profile};
 
 use super::limits::{Limits, median};
 use crate::failure::Failure;
@@ -60,6 +61,8 @@ pub struct Figures {
     pub cache_dtype: CacheDtype,
     /// Of each repetition.
     pub seconds: Vec<f64>,
+    /// Where the time of each repetition went; of a CUDA device it is not known.
+    pub profiles: Vec<Profile>,
     /// Those of the machine around each repetition; of a CUDA device those before the test, once.
     pub limits: Vec<Limits>,
     /// The process's largest memory while the test ran alone.
@@ -102,10 +105,41 @@ impl Figures {
 
     /// The median share of the tokens a second that the limits around a repetition allow, by `limit`.
     pub fn share(&self, limit: impl Fn(&Limits) -> Option<f64>) -> Option<f64> {
+        self.shares(limit).filter(|shares| !shares.is_empty()).map(median)
+    }
+
+    /// The same share in the time of the bounded parts alone.
+    pub fn bounded_share(&self, limit: impl Fn(&Limits) -> Option<f64>) -> Option<f64> {
+        let of_time = self.shares_of_time(self.bounded_parts());
+        let shares: Vec<f64> = self.shares(limit)?.into_iter().zip(of_time).map(|(share, time)| share / time).collect();
+        (!shares.is_empty()).then(|| median(shares))
+    }
+
+    /// Of each repetition.
+    fn shares(&self, limit: impl Fn(&Limits) -> Option<f64>) -> Option<Vec<f64>> {
         // One serves all where there is one.
         let limits = self.limits.iter().cycle().map(limit);
-        let shares: Option<Vec<f64>> = self.rates().zip(limits).map(|(rate, limit)| Some(rate / limit?)).collect();
-        shares.filter(|shares| !shares.is_empty()).map(median)
+        self.rates().zip(limits).map(|(rate, limit)| Some(rate / limit?)).collect()
+    }
+
+    /// The median share of a repetition's time that some parts have taken together; `None` where that is not known.
+    pub fn share_of_time(&self, parts: &[Part]) -> Option<f64> {
+        let shares: Vec<f64> = self.shares_of_time(parts).collect();
+        (!shares.is_empty()).then(|| median(shares))
+    }
+
+    fn shares_of_time(&self, parts: &[Part]) -> impl Iterator<Item = f64> {
+        let seconds = |profile: &Profile| parts.iter().map(|&part| profile.of(part).as_secs_f64()).sum::<f64>();
+        self.profiles.iter().zip(&self.seconds).map(move |(profile, whole)| seconds(profile) / whole)
+    }
+
+    /// What bounds the speed: a prompt's products are bounded by how fast they are made, the head's aside, which reads
+    /// its weight for one token; the products of tokens one by one by how fast all weights are read.
+    pub fn bounded_parts(&self) -> &'static [Part] {
+        match self.test {
+            Test::Prefill { .. } => &[Part::Products],
+            Test::Decode { .. } => &[Part::Products, Part::Head],
+        }
     }
 
     pub fn median_seconds(&self) -> f64 {
@@ -123,6 +157,8 @@ struct Run<'a> {
     limits: Vec<Limits>,
     /// Of each repetition.
     seconds: Vec<f64>,
+    /// Of each repetition.
+    profiles: Vec<Profile>,
 }
 
 /// How tests are run.
@@ -157,7 +193,7 @@ impl Bench {
             }
             device::reset_peaks(device)?;
             let (random, cache) = (Rng::with_seed(0), KvCache::new(0));
-            let mut run = Run { model, cache_dtype, test, random, cache, limits, seconds: Vec::new() };
+            let mut run = Run { model, cache_dtype, test, random, cache, limits, seconds: Vec::new(), profiles: Vec::new() };
             run.empty_cache();
             run.fill()?;
             run.time(usize::MAX)?;
@@ -174,7 +210,12 @@ impl Bench {
         for turn in 1..=self.repetitions {
             for run in &mut runs {
                 let before = device.is_cpu().then(|| Limits::measure(run.model)).transpose()?;
+                profile::take();
                 let duration = run.time(usize::MAX)?;
+                let profile = profile::take();
+                if device.is_cpu() {
+                    run.profiles.push(profile);
+                }
                 run.seconds.push(duration.as_secs_f64());
                 if let Some(before) = before {
                     run.limits.push(Limits::around(&before, &Limits::measure(run.model)?));
@@ -188,6 +229,7 @@ impl Bench {
                 test: run.test,
                 cache_dtype: run.cache_dtype,
                 seconds: run.seconds,
+                profiles: run.profiles,
                 limits: run.limits,
                 peak_rss_bytes,
                 peak_device_bytes,
@@ -264,12 +306,14 @@ mod tests {
             test,
             cache_dtype: CacheDtype::F32,
             seconds,
+            profiles: Vec::new(),
             limits: limits(&[8.0, 6.0, 2.0]),
             peak_rss_bytes: None,
             peak_device_bytes: None,
         };
         assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.75));
         assert_eq!(figures.share(|_| None), None);
+        assert_eq!(figures.bounded_share(|limits| limits.read_bandwidth), None);
         figures.limits = limits(&[12.0]);
         assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.25));
     }

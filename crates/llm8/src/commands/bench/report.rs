@@ -3,6 +3,7 @@
 use int8_models::{Loaded, Precision};
 use int8_ops::cpu::Kernels;
 use int8_ops::device;
+use int8_ops::profile::Part;
 use serde::{Deserialize, Serialize};
 
 use super::limits::Limits;
@@ -44,6 +45,21 @@ pub struct Row {
     pub limit: Option<f64>,
     /// The median of what share each repetition reached of the limits measured around it.
     pub share_of_limit: Option<f64>,
+    /// The same in the time of the products alone, with the head's where tokens are generated: null on a CUDA device, as
+    /// the shares of the time that follow. What they leave is between the ops.
+    pub products_share_of_limit: Option<f64>,
+    /// The linear layers' products, from codes to outputs; the median share of a repetition's time.
+    pub products_share: Option<f64>,
+    /// From the last hidden state to the logits.
+    pub head_share: Option<f64>,
+    /// Finding outlier columns, and turning activations into codes.
+    pub quantize_share: Option<f64>,
+    pub attention_share: Option<f64>,
+    /// Writing keys and values to the cache.
+    pub cache_share: Option<f64>,
+    pub norm_share: Option<f64>,
+    /// Activation functions and residuals.
+    pub elementwise_share: Option<f64>,
     /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it; on a CUDA device `int8_matmul_peak`
     /// and `copy_bandwidth`.
     pub limited_by: Option<String>,
@@ -131,6 +147,7 @@ impl Row {
             Test::Decode { context, gen_len, .. } => ("decode", 0, gen_len, context),
         };
         let is_prefill = gen_len == 0;
+        let share_of = |part| figures.share_of_time(&[part]);
         Self {
             model: model.to_string(),
             dummy_weights: load.dummy_weights,
@@ -153,6 +170,14 @@ impl Row {
             unit: "tokens/s".to_string(),
             limit,
             share_of_limit: figures.share(|limits| limit_by(limits).map(|(_, limit)| limit)),
+            products_share_of_limit: figures.bounded_share(|limits| limit_by(limits).map(|(_, limit)| limit)),
+            products_share: share_of(Part::Products),
+            head_share: share_of(Part::Head),
+            quantize_share: share_of(Part::Quantize),
+            attention_share: share_of(Part::Attention),
+            cache_share: share_of(Part::Cache),
+            norm_share: share_of(Part::Norm),
+            elementwise_share: share_of(Part::Elementwise),
             limited_by: limited_by.map(str::to_string),
             first_token_seconds: is_prefill.then_some(seconds),
             token_seconds: (!is_prefill).then(|| seconds / gen_len as f64),
