@@ -42,6 +42,7 @@ pub(crate) use attention::{
 };
 pub use product::{CodeLine, Finish, Token, Tokens};
 pub(crate) use product::{OutputColumns, float_product, int8_product};
+pub(crate) use tiles::prefetch_near;
 
 use crate::MAX_CODE;
 

@@ -107,9 +107,8 @@ impl CustomOp1 for FloatMatmul {
             })
         };
         // SAFETY: the product fills its columns, which are all.
-        let product = profile::time(Part::Products, || unsafe {
-            cpu::written(layout.shape().elem_count() / cols * rows, fill)
-        })?;
+        let product =
+            profile::time(Part::Products, || unsafe { cpu::written(layout.shape().elem_count() / cols * rows, fill) })?;
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = rows;

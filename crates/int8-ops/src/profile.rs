@@ -27,15 +27,8 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order of [`Profile`].
-    pub const ALL: [Self; 7] = [
-        Self::Quantize,
-        Self::Products,
-        Self::Attention,
-        Self::Cache,
-        Self::Norm,
-        Self::Elementwise,
-        Self::Head,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Quantize, Self::Products, Self::Attention, Self::Cache, Self::Norm, Self::Elementwise, Self::Head];
 }
 
 /// The time that each part has taken.

@@ -186,9 +186,9 @@ enum Place {
     Value,
 }
 
-/// Values whose writing is worth sharing among threads: a key's lie on many cache lines, which mostly come from
-/// memory.
-const VALUES_WORTH_SHARING: usize = 1 << 10;
+/// Values that a thread is given to write at a time, of whole heads: a key's lie on many cache lines, which mostly come
+/// from memory.
+const VALUES_PER_PART: usize = 1 << 10;
 
 struct Write {
     past: usize,
@@ -246,13 +246,22 @@ impl Write {
         of_new: &Layout,
     ) -> Result<()> {
         let kernels = Kernels::active();
-        let record = in_cache.dims()[3];
+        let (record, per_head): (usize, usize) = (in_cache.dims()[3], in_cache.dims()[2..].iter().product());
+        let is_one_token = of_new.dims()[2] == 1;
         self.write(cache, in_cache, new, of_new, |cache, position, new, codes: &mut Vec<Pair>| {
             let record = &mut cache[position / KEYS_PER_BLOCK * record..][..record];
             codes.resize(new.len().div_ceil(2), Pair::default());
-            match self.place {
-                Place::Key => cpu::write_key::<C>(kernels, new, position % KEYS_PER_BLOCK, record, codes),
-                Place::Value => cpu::write_value::<C>(kernels, new, position % KEYS_PER_BLOCK, record, codes),
+            let index = position % KEYS_PER_BLOCK;
+            let places = match self.place {
+                Place::Key => cpu::write_key::<C>(kernels, new, index, record, codes),
+                Place::Value => cpu::write_value::<C>(kernels, new, index, record, codes),
+            };
+            if is_one_token {
+                // What is written comes from memory meanwhile: two heads on, as one takes less than that.
+                let record = record.as_ptr().wrapping_add(2 * per_head);
+                std::iter::once(index)
+                    .chain(places.step_by(LANES))
+                    .for_each(|place| cpu::prefetch_near(record.wrapping_add(place)));
             }
         })
     }
@@ -269,19 +278,17 @@ impl Write {
         let (batch, heads, tokens, head_dim) = of_new.shape().dims4()?;
         let strides = head_strides(of_new)?;
         let per_head: usize = in_cache.dims()[2..].iter().product();
-        let write = |(row, cache): (usize, &mut [T])| {
+        let heads_per_part = (VALUES_PER_PART / (tokens * head_dim)).max(1);
+        let parts = cache[..batch * heads * per_head].chunks_mut(per_head * heads_per_part).enumerate();
+        team::for_each(parts.collect(), |(part, cache)| {
             let mut room = R::default();
-            let start = of_new.start_offset() + row / heads * strides[0] + row % heads * strides[1];
-            for token in 0..tokens {
-                write(cache, self.past + token, &new[start + token * strides[2]..][..head_dim], &mut room);
+            for (row, cache) in (part * heads_per_part..).zip(cache.chunks_mut(per_head)) {
+                let start = of_new.start_offset() + row / heads * strides[0] + row % heads * strides[1];
+                for token in 0..tokens {
+                    write(cache, self.past + token, &new[start + token * strides[2]..][..head_dim], &mut room);
+                }
             }
-        };
-        let rows = cache.chunks_mut(per_head).take(batch * heads).enumerate();
-        if batch * heads * tokens * head_dim < VALUES_WORTH_SHARING {
-            rows.for_each(write);
-        } else {
-            team::for_each(rows.collect(), write);
-        }
+        });
         Ok(())
     }
 }

@@ -351,8 +351,9 @@ fn pair_tile<C: WidenPairs, const R: usize, const V: usize>(
         let vectors: [[__m256i; 2]; V] = std::array::from_fn(|v| {
             // SAFETY: V times 16 lanes of b[k] lie in the slice (asserted above).
             let place = unsafe { b.as_ptr().add(k * strides[0] + v * strides[1]) };
-            if R == 1 && Ahead::<[C; 2]>::is_due(k * V + v) {
-                ahead.prefetch(place);
+            // 16 lanes are a cache line or half of one.
+            if R == 1 && ((k * V + v) * 16 * size_of::<[C; 2]>()).is_multiple_of(64) {
+                ahead.prefetch(place, 64 / size_of::<[C; 2]>());
             }
             // SAFETY: as above.
             unsafe { [C::load(place), C::load(place.add(8))] }

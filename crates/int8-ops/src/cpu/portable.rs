@@ -244,22 +244,25 @@ pub(super) fn softmax_codes(
 ) {
     // The steps of one query wait for each other, those of several do not; and what there is one of for each
     // query is worked on as a vector.
+    if queries.len() == 1 {
+        return softmax_codes_of_group::<1>(sums, block, queries, weights, codes);
+    }
     let groups = sums.chunks(LANES).zip(queries.chunks_mut(LANES));
     for ((sums, queries), (weights, codes)) in groups.zip(weights.chunks_mut(LANES).zip(codes.chunks_mut(LANES))) {
-        softmax_codes_of_group(sums, block, queries, weights, codes);
+        softmax_codes_of_group::<LANES>(sums, block, queries, weights, codes);
     }
 }
 
-/// The same for up to 16 queries.
+/// The same for up to `MOST` queries.
 #[inline(always)]
-fn softmax_codes_of_group(
+fn softmax_codes_of_group<const MOST: usize>(
     sums: &[[i32; KEYS_PER_BLOCK]],
     block: &BlockScales,
     queries: &mut [Query],
     weights: &mut [[f32; KEYS_PER_BLOCK]],
     codes: &mut [[i16; KEYS_PER_BLOCK]],
 ) {
-    let [mut shrinks, mut maxima, mut norms] = [[0f32; LANES]; 3];
+    let [mut shrinks, mut maxima, mut norms] = [[0f32; MOST]; 3];
     for (index, ((sums, query), weights)) in sums.iter().zip(&*queries).zip(&mut *weights).enumerate() {
         for key in 0..KEYS_PER_BLOCK {
             let bias = block.biases[key] + query.bias;

@@ -72,20 +72,24 @@ impl<T> Ahead<T> {
         Self { bytes: Self::BYTES.min(size_of_val(piece)), end: piece.as_ptr_range().end, next }
     }
 
-    /// Whether it is time to ask for a line, of 64 bytes, after so many times 16 of what a piece is made of.
+    /// Asks for what comes some way after the first `count` from `place` on: to the second cache, and, as a processor
+    /// that has enough on its way takes no notice of a hint, once more to the nearest one when it is closer.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub(super) fn is_due(steps: usize) -> bool {
-        (steps * 16 * size_of::<T>()).is_multiple_of(64)
+    pub(super) fn prefetch(&self, place: *const T, count: usize) {
+        let lines = (0..count * size_of::<T>()).step_by(64);
+        let (far, near) = (self.after(place, self.bytes), self.after(place, self.bytes / 2));
+        lines.clone().for_each(|byte| prefetch(far.wrapping_byte_add(byte)));
+        lines.for_each(|byte| prefetch_near(near.wrapping_byte_add(byte)));
     }
 
-    /// Asks for what comes some way after `place`.
+    /// What comes so many bytes after `place`, in this piece or the next.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub(super) fn prefetch(&self, place: *const T) {
-        let ahead = place.wrapping_byte_add(self.bytes);
-        let beyond = (ahead as usize).wrapping_sub(self.end as usize) as isize;
-        prefetch(if beyond < 0 { ahead } else { self.next.start.wrapping_byte_offset(beyond).min(self.next.end) });
+    fn after(&self, place: *const T, bytes: usize) -> *const T {
+        let after = place.wrapping_byte_add(bytes);
+        let beyond = (after as usize).wrapping_sub(self.end as usize) as isize;
+        if beyond < 0 { after } else { self.next.start.wrapping_byte_offset(beyond).min(self.next.end) }
     }
 
     /// Asks for what of the next piece is more than this one's length away, but not too far.
@@ -103,6 +107,19 @@ pub(super) fn prefetch<T>(place: *const T) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: a hint reads and writes nothing, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// The same to the nearest cache.
+#[inline(always)]
+pub(crate) fn prefetch_near<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint reads and writes nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = place;

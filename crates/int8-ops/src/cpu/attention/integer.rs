@@ -11,6 +11,7 @@
 
 use std::f32::consts::LOG2_E;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use bytemuck::Pod;
 
@@ -139,37 +140,47 @@ fn prefetch_scales(records: &[u32], place: usize) {
 }
 
 /// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
-/// for as many, in pairs.
+/// for as many, in pairs. Gives where in the record its codes lie, spread over it.
 pub(crate) fn write_key<C: CacheCode>(
     kernels: &Kernels,
     key: &[f32],
     index: usize,
     record: &mut [u32],
     codes: &mut [Pair],
-) {
+) -> Range<usize> {
     let (scales, pairs) = parts_mut::<C>(record);
     scales[index] = (kernels.int16_codes)(key, C::KEY, &mut codes.as_flattened_mut()[..key.len()]).to_bits();
-    let places = pairs[index / LANES * codes.len() * LANES + index % LANES..].iter_mut().step_by(LANES);
+    let first = index / LANES * codes.len() * LANES;
+    let places = pairs[first + index % LANES..].iter_mut().step_by(LANES);
     for (pair, place) in codes.iter().zip(places) {
         *place = pair.map(C::of);
     }
+    place_in_record::<C>(first..first + codes.len() * LANES)
+}
+
+/// Where pairs lie in their record.
+fn place_in_record<C>(pairs: Range<usize>) -> Range<usize> {
+    let place = |pair: usize| KEYS_PER_BLOCK + pair * size_of::<[C; 2]>() / size_of::<u32>();
+    place(pairs.start)..place(pairs.end)
 }
 
 /// Writes a value (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
-/// for as many, in pairs.
+/// for as many, in pairs. Gives where in the record its codes lie.
 pub(crate) fn write_value<C: CacheCode>(
     kernels: &Kernels,
     value: &[f32],
     index: usize,
     record: &mut [u32],
     codes: &mut [Pair],
-) {
+) -> Range<usize> {
     let (scales, pairs) = parts_mut::<C>(record);
     let codes = &mut codes.as_flattened_mut()[..value.len()];
     scales[index] = (kernels.int16_codes)(value, C::VALUE, codes).to_bits();
-    for (pair, code) in pairs[index / 2 * padded(value.len())..].iter_mut().zip(codes) {
+    let first = index / 2 * padded(value.len());
+    for (pair, code) in pairs[first..].iter_mut().zip(codes) {
         pair[index % 2] = C::of(*code);
     }
+    place_in_record::<C>(first..first + padded(value.len()))
 }
 
 /// What a block's codes are multiplied by.

@@ -44,11 +44,11 @@ pub(super) fn pair_sums<C: WidenPairs>(
     lanes: usize,
     next: Range<*const [C; 2]>,
 ) {
-    let ahead = Ahead::new(b, next);
     let rows = sums.len() / width;
+    if rows == 1 {
+        return row_sums(a, depth, b, strides, &mut sums[..lanes], &Ahead::new(b, next));
+    }
     let stride = a.len() / rows;
-    // Where lanes lie apart, one row takes vector after vector, as memory likes it best.
-    let are_apart = strides[1] > 16 && rows == 1;
     for row in (0..rows).step_by(6) {
         let a = &a[row * stride..];
         let mut lane = 0;
@@ -56,10 +56,10 @@ pub(super) fn pair_sums<C: WidenPairs>(
             let (b, sums) = (&b[lane / 16 * strides[1]..], &mut sums[row * width + lane..]);
             macro_rules! tile {
                 ($rows:literal) => {
-                    if lanes - lane >= 64 && !are_apart {
-                        tile::<C, $rows, 4>(a, stride, depth, b, strides, sums, width, &ahead)
+                    if lanes - lane >= 64 {
+                        tile::<C, $rows, 4>(a, stride, depth, b, strides, sums, width)
                     } else {
-                        tile::<C, $rows, 1>(a, stride, depth, b, strides, sums, width, &ahead)
+                        tile::<C, $rows, 1>(a, stride, depth, b, strides, sums, width)
                     }
                 };
             }
@@ -75,9 +75,73 @@ pub(super) fn pair_sums<C: WidenPairs>(
     }
 }
 
+/// One row costs the reading of `b`, which is walked along as it lies in memory: 16 lanes at every depth and then the
+/// next 16 where lanes lie apart, else all lanes there are at one depth and then at the next.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn row_sums<C: WidenPairs>(
+    a: &[Pair],
+    depth: usize,
+    b: &[[C; 2]],
+    strides: [usize; 2],
+    sums: &mut [i32],
+    ahead: &Ahead<[C; 2]>,
+) {
+    let are_apart = strides[1] > strides[0];
+    let mut vector = 0;
+    while vector < sums.len() / 16 {
+        let (b, sums) = (&b[vector * strides[1]..], &mut sums[vector * 16..]);
+        vector += match sums.len() / 16 {
+            _ if are_apart => walk::<C, 1, 4>(a, depth, b, strides, sums, ahead),
+            // The heads of published models are 64, 80, 96 or 128 wide.
+            8.. => walk::<C, 8, 1>(a, depth, b, strides, sums, ahead),
+            6 => walk::<C, 6, 2>(a, depth, b, strides, sums, ahead),
+            5 => walk::<C, 5, 2>(a, depth, b, strides, sums, ahead),
+            4 | 7 => walk::<C, 4, 2>(a, depth, b, strides, sums, ahead),
+            _ => walk::<C, 1, 4>(a, depth, b, strides, sums, ahead),
+        };
+    }
+}
+
+/// V vectors of 16 lanes of one row, with a sum of their own for each of U depths side by side, so that none waits for
+/// the one before; gives V.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn walk<C: WidenPairs, const V: usize, const U: usize>(
+    a: &[Pair],
+    depth: usize,
+    b: &[[C; 2]],
+    strides: [usize; 2],
+    sums: &mut [i32],
+    ahead: &Ahead<[C; 2]>,
+) -> usize {
+    assert!(depth > 0 && a.len() >= depth && sums.len() >= V * 16);
+    assert!(b.len() >= (depth - 1) * strides[0] + (V - 1) * strides[1] + 16);
+    let mut acc = [[_mm512_setzero_si512(); V]; U];
+    let add = |acc: &mut [__m512i; V], k: usize| {
+        // SAFETY: a[k] lies in the slice (asserted above); a pair is 32 bits.
+        let a = _mm512_set1_epi32(unsafe { a.as_ptr().add(k).cast::<i32>().read_unaligned() });
+        for (v, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: V vectors of b[k] lie in the slice (asserted above).
+            *acc = _mm512_dpwssd_epi32(*acc, a, unsafe { C::load(b.as_ptr().add(k * strides[0] + v * strides[1])) });
+        }
+    };
+    let whole = depth / U * U;
+    for k in (0..whole).step_by(U) {
+        ahead.prefetch(b[k * strides[0]..].as_ptr(), U * V * 16);
+        acc.iter_mut().enumerate().for_each(|(u, acc)| add(acc, k + u));
+    }
+    for k in whole..depth {
+        add(&mut acc[0], k);
+    }
+    for v in 0..V {
+        let sum = acc.iter().fold(_mm512_setzero_si512(), |sum, acc| _mm512_add_epi32(sum, acc[v]));
+        // SAFETY: the sums lie in the slice (asserted above).
+        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().add(v * 16).cast(), sum) };
+    }
+    V
+}
+
 /// R rows by V vectors of 16 lanes; gives the number of lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-#[expect(clippy::too_many_arguments)]
 fn tile<C: WidenPairs, const R: usize, const V: usize>(
     a: &[Pair],
     stride: usize,
@@ -86,7 +150,6 @@ fn tile<C: WidenPairs, const R: usize, const V: usize>(
     strides: [usize; 2],
     sums: &mut [i32],
     width: usize,
-    ahead: &Ahead<[C; 2]>,
 ) -> usize {
     assert!(depth > 0 && a.len() >= (R - 1) * stride + depth && sums.len() >= (R - 1) * width + V * 16);
     assert!(b.len() >= (depth - 1) * strides[0] + (V - 1) * strides[1] + 16);
@@ -94,12 +157,7 @@ fn tile<C: WidenPairs, const R: usize, const V: usize>(
     for k in 0..depth {
         let vectors: [__m512i; V] = std::array::from_fn(|v| {
             // SAFETY: V vectors of b[k] lie in the slice (asserted above).
-            let place = unsafe { b.as_ptr().add(k * strides[0] + v * strides[1]) };
-            if R == 1 && Ahead::<[C; 2]>::is_due(k * V + v) {
-                ahead.prefetch(place);
-            }
-            // SAFETY: as above.
-            unsafe { C::load(place) }
+            unsafe { C::load(b.as_ptr().add(k * strides[0] + v * strides[1])) }
         });
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: a[r, k] lies in the slice (asserted above); a pair is 32 bits.

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 
-use super::super::tiles::{AHEAD, prefetch};
+use super::super::tiles::{prefetch, prefetch_near};
 use super::super::{CodeLine, Finish, Token, Tokens, one_token};
 
 /// Weight rows that a block of several tokens' codes serves while it is in the nearest cache.
@@ -13,6 +13,11 @@ const ROWS_TOGETHER: usize = 16;
 
 /// The most tokens that are worked on together.
 const TOKENS: usize = 8;
+
+/// How far ahead of its use a weight that several tokens share is asked for, in bytes. Twice, as a processor that has
+/// enough on its way from memory takes no notice of a hint; and line after line of a row, not of two by turns, as memory
+/// likes it best.
+const AHEAD: [usize; 2] = [8192, 2048];
 
 /// Sums of some tokens with some weight rows, in lanes that are yet to be added.
 type RowSums = [__m512i; 16];
@@ -142,10 +147,19 @@ fn tile<const T: usize, const R: usize>(
     let blocks = lines[..cols.div_ceil(64) * T].chunks(vectors * T);
     let last = blocks.len() - 1;
     for (block, lines) in blocks.enumerate() {
-        let col = block * vectors * 64;
-        let place = Place { col, is_last: block == last, stride };
+        let (col, width) = (block * vectors * 64, lines.len() / T * 64);
+        let is_last = block == last;
+        // Where the vectors lie that are worked on at some row: after the tile's last one, those of the next block of
+        // its rows, or of the next tile.
+        let place_of = |row: usize| match row < ROWS_TOGETHER {
+            true => weight.as_ptr().wrapping_add(row * cols + col),
+            false if is_last => weight.as_ptr().wrapping_add(row * cols),
+            false => weight.as_ptr().wrapping_add((row - ROWS_TOGETHER) * cols + col + width),
+        };
+        let rows_ahead = AHEAD.map(|bytes| bytes.div_ceil(R * width) * R);
         let mut row = 0;
         while row < rows {
+            let place = Place { col, is_last, stride, ahead: rows_ahead.map(|ahead| place_of(row + ahead)) };
             let (weight, sums) = (&weight[row * cols + col..], &mut sums[row..]);
             row += match rows - row >= R {
                 true => add_rows::<T, R>(lines, weight, cols, &place, &mut row_sums[row / R], sums),
@@ -172,6 +186,8 @@ struct Place {
     is_last: bool,
     /// From the sums of one token to those of the next.
     stride: usize,
+    /// Where those lie that are to be asked for meanwhile.
+    ahead: [*const i8; 2],
 }
 
 /// Adds `Σ codes[t] * (weight[r] + 128)` over some vectors to the lanes of `row_sums`, for T tokens and R weight
@@ -197,17 +213,21 @@ fn add_rows<const T: usize, const R: usize>(
     let left = weight.len() - (R - 1) * cols;
     let count = lines.len() / T;
     let whole = (left / 64).min(count);
-    // The same rows' next vectors after those of the tile's other rows, or the first of the next tile; where all
-    // vectors of a row are one block, what lies some way on.
-    let ahead = match (place.col, place.is_last) {
-        (0, true) => AHEAD,
-        (col, true) => ROWS_TOGETHER * cols - col,
-        (_, false) => count * 64,
-    };
+    let [far, near] = place.ahead;
+    let (mut byte, mut end_of_row) = (0, count * 64);
     for vector in 0..whole {
+        for _ in 0..R {
+            prefetch_near(far.wrapping_add(byte));
+            prefetch_near(near.wrapping_add(byte));
+            byte += 64;
+            if byte == end_of_row {
+                // Back where a row's last vector reaches into the next row.
+                byte = byte.wrapping_add(cols).wrapping_sub(count * 64);
+                end_of_row += cols;
+            }
+        }
         let weights: [__m512i; R] = std::array::from_fn(|r| {
             let weight = weight.as_ptr().wrapping_add(r * cols + vector * 64);
-            prefetch(weight.wrapping_add(ahead));
             // SAFETY: 64 columns from here on are in the slice, of the last row and so of those before it.
             _mm512_xor_si512(unsafe { _mm512_loadu_epi8(weight) }, flip)
         });

@@ -193,7 +193,8 @@ impl Bench {
             }
             device::reset_peaks(device)?;
             let (random, cache) = (Rng::with_seed(0), KvCache::new(0));
-            let mut run = Run { model, cache_dtype, test, random, cache, limits, seconds: Vec::new(), profiles: Vec::new() };
+            let mut run =
+                Run { model, cache_dtype, test, random, cache, limits, seconds: Vec::new(), profiles: Vec::new() };
             run.empty_cache();
             run.fill()?;
             run.time(usize::MAX)?;
