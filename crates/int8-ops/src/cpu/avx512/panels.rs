@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::super::Tokens;
-use super::super::tiles::int8_tail;
+use super::super::tiles::{int8_tail, prefetch};
 
 /// Rows of a panel: the 32-bit lanes of a vector.
 const LANES: usize = 16;
@@ -35,13 +35,18 @@ pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
     for (sums, code_sum) in sums.chunks_mut(stride).zip(code_sums) {
         sums.fill(code_sum.wrapping_mul(-128));
     }
+    let lines_per_tile = (ROWS * DEPTH / 64).div_ceil(tokens.div_ceil(TOKENS));
     for (block, weight) in weight.chunks(ROWS * cols).enumerate() {
         let rows = weight.len() / cols;
         let sums = &mut sums[block * ROWS..];
         for start in (0..whole).step_by(DEPTH) {
             let depth = DEPTH.min(whole - start);
             pack(weight, cols, start, depth, &mut packed);
+            let next = if start + depth < whole { start + depth } else { 0 };
+            let mut next_lines = lines_of(weight.as_ptr(), cols, next);
             for token in (0..tokens).step_by(TOKENS) {
+                // What is packed next comes from memory while the products are made.
+                next_lines.by_ref().take(lines_per_tile).for_each(prefetch);
                 let codes = &codes[token * cols + start..];
                 let sums = &mut sums[token * stride..];
                 let tile = match tokens - token {
@@ -63,6 +68,14 @@ pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
             }
         }
     }
+}
+
+/// The cache lines of the columns from `start` on that are packed together, of a block of rows; where it is 0 those of
+/// the next block.
+fn lines_of(weight: *const i8, cols: usize, start: usize) -> impl Iterator<Item = *const i8> {
+    let first = if start == 0 { weight.wrapping_add(ROWS * cols) } else { weight.wrapping_add(start) };
+    let width = DEPTH.min(cols - start);
+    (0..ROWS).flat_map(move |row| (0..width).step_by(64).map(move |col| first.wrapping_add(row * cols + col)))
 }
 
 /// Adds `Σ codes[t] * (weight[r] + 128)` over `depth` columns to `sums[t * stride + r]`, for T tokens and
