@@ -3,6 +3,7 @@
 mod pairs;
 mod panels;
 mod rows;
+mod softmax;
 
 use std::arch::x86_64::*;
 
@@ -41,6 +42,9 @@ pub(super) const KERNELS: Kernels = Kernels {
     },
     byte_pair_sums: |a, depth, b, strides, sums, width, lanes, next| unsafe {
         pairs::pair_sums::<i8>(a, depth, b, strides, sums, width, lanes, next)
+    },
+    softmax_codes: |sums, block, queries, weights, codes| unsafe {
+        softmax::softmax_codes(sums, block, queries, weights, codes)
     },
     ..elementwise::KERNELS
 };

@@ -28,22 +28,24 @@ pub(super) fn exp(x: f32) -> f32 {
     power * f32::from_bits(exponent)
 }
 
+/// The factors of [`exp2`]'s polynomial, that of the highest power first; the last is near ln 2, and better than it
+/// where the series ends.
+#[allow(clippy::approx_constant)]
+pub(super) const EXP2_SERIES: [f32; 5] = [0.001_326_472_6, 0.009_671_513, 0.055_507_34, 0.240_222_42, 0.693_147];
+
+/// Below it [`exp2`] is that of it.
+pub(super) const EXP2_LEAST: f32 = -125.0;
+
 /// `2^x` to 2e-7 of its value, for x from -125 to 125; below, that of -125. NaN stays NaN.
 ///
 /// `x = n + r` with |r| <= 1/2; `2^r` by the polynomial of degree 5 whose largest relative error there is least.
 #[inline(always)]
 pub(super) fn exp2(x: f32) -> f32 {
-    /// Near ln 2, and better than it where the series ends.
-    #[allow(clippy::approx_constant)]
-    const LINEAR: f32 = 0.693_147;
-    let x = if x < -125.0 { -125.0 } else { x };
+    let x = if x < EXP2_LEAST { EXP2_LEAST } else { x };
     let shifted = x + ROUND;
     let r = x - (shifted - ROUND);
-    let series = 0.001_326_472_6 * r + 0.009_671_513;
-    let series = series * r + 0.055_507_34;
-    let series = series * r + 0.240_222_42;
-    let series = series * r + LINEAR;
-    let power = series * r + 1.0;
+    let [first, rest @ ..] = EXP2_SERIES;
+    let power = rest.into_iter().fold(first, |series, term| series * r + term) * r + 1.0;
     // Not added to the bits of the power, which would make a number of NaN.
     power * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1f32.to_bits()))
 }

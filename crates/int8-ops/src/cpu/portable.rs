@@ -242,11 +242,11 @@ pub(super) fn softmax_codes(
     weights: &mut [[f32; KEYS_PER_BLOCK]],
     codes: &mut [[i16; KEYS_PER_BLOCK]],
 ) {
-    // The steps of one query wait for each other, those of several do not; and what there is one of for each
-    // query is worked on as a vector.
     if queries.len() == 1 {
         return softmax_codes_of_group::<1>(sums, block, queries, weights, codes);
     }
+    // The steps of one query wait for each other, those of several do not; and what there is one of for each
+    // query is worked on as a vector.
     let groups = sums.chunks(LANES).zip(queries.chunks_mut(LANES));
     for ((sums, queries), (weights, codes)) in groups.zip(weights.chunks_mut(LANES).zip(codes.chunks_mut(LANES))) {
         softmax_codes_of_group::<LANES>(sums, block, queries, weights, codes);
@@ -293,8 +293,7 @@ fn softmax_codes_of_group<const MOST: usize>(
         norms[index] = squares(weights, |weight| weight);
     }
     let norms = norms.map(f32::sqrt);
-    // Below it squares underflow: no weight is more than nothing.
-    let inverses = norms.map(|norm| if norm < 1e-15 { 0.0 } else { CODE_NORM / norm });
+    let inverses = norms.map(inverse_norm);
     for (index, ((query, weights), codes)) in queries.iter_mut().zip(weights).zip(codes).enumerate() {
         let inverse = inverses[index];
         for (code, weight) in codes.iter_mut().zip(weights) {
@@ -304,8 +303,15 @@ fn softmax_codes_of_group<const MOST: usize>(
     }
 }
 
+/// What turns weights of a norm into codes.
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
+pub(super) fn inverse_norm(norm: f32) -> f32 {
+    // Below it squares underflow: no weight is more than nothing.
+    if norm < 1e-15 { 0.0 } else { CODE_NORM / norm }
+}
+
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
@@ -323,12 +329,15 @@ pub(super) fn shrink_and_add(context: &mut [f32], shrink: f32, sums: &[i32], sca
     context.iter_mut().zip(sums).for_each(|(value, &sum)| *value = *value * shrink + sum as f32 * scale);
 }
 
-/// All lanes in one, by halves: as few steps as can be, each of which waits for the one before.
+/// All lanes in one: those of each quarter, which is what instructions put side by side, and then the quarters. As few
+/// steps as can be, as each waits for the one before.
 #[inline(always)]
 fn fold_lanes(lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|lane| with(lanes[lane], lanes[lane + 8]));
-    let four: [f32; 4] = std::array::from_fn(|lane| with(eight[lane], eight[lane + 4]));
-    with(with(four[0], four[2]), with(four[1], four[3]))
+    let quarters: [f32; 4] = std::array::from_fn(|quarter| {
+        let [l0, l1, l2, l3] = [0, 1, 2, 3].map(|lane| lanes[4 * quarter + lane]);
+        with(with(l0, l2), with(l1, l3))
+    });
+    with(with(quarters[0], quarters[1]), with(quarters[2], quarters[3]))
 }
 
 /// Partial sums, so that loops are vectorised and long rows lose little to rounding.
