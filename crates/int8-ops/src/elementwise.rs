@@ -8,7 +8,6 @@ use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Result, Tensor, ba
 use crate::cpu::{Kernels, for_each_rows};
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::profile::{self, Part};
 
 /// What comes between the two layers of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,8 +28,7 @@ impl Activation {
         Ok(x)
     }
 
-    fn kernel(self) -> fn(&mut [f32]) {
-        let kernels = Kernels::active();
+    pub(crate) fn kernel(self, kernels: &Kernels) -> fn(&mut [f32]) {
         match self {
             Self::Relu => kernels.relu,
             Self::Gelu => kernels.gelu,
@@ -62,9 +60,8 @@ impl InplaceOp1 for Activation {
         let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
             bail!("{}: x must be contiguous F32", self.name())
         };
-        profile::time(Part::Elementwise, || {
-            for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| self.kernel()(x));
-        });
+        let kernel = self.kernel(Kernels::active());
+        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |_, x| kernel(x));
         Ok(())
     }
 
@@ -100,10 +97,8 @@ impl InplaceOp2 for Add {
         let CpuStorage::F32(other) = other else { bail!("add: both must be F32") };
         let other = &other[other_layout.start_offset()..][..end - start];
         let kernels = Kernels::active();
-        profile::time(Part::Elementwise, || {
-            for_each_rows(&mut x[start..end], VALUES_PER_ROW, |first, x| {
-                (kernels.add)(x, &other[first * VALUES_PER_ROW..][..x.len()]);
-            });
+        for_each_rows(&mut x[start..end], VALUES_PER_ROW, |first, x| {
+            (kernels.add)(x, &other[first * VALUES_PER_ROW..][..x.len()]);
         });
         Ok(())
     }

@@ -8,14 +8,15 @@ use candle_nn::Module;
 use crate::cpu::{self, Kernels, OutputColumns, Values};
 #[cfg(feature = "cuda")]
 use crate::cuda;
-use crate::fused::Fused;
+use crate::elementwise::Activation;
+use crate::fused::{Fused, check_residual, with_epilogue};
 use crate::matmul::{bias_values, check_bias};
 use crate::profile::{self, Part};
 
 /// `x W^T + bias` for activations `x` (.., in) and a weight (out, in), each in f32, f16 or bf16; the
 /// result (.., out) has the dtype of `x`. Products are summed in f32. The bias is (out), in any of the three too.
 pub fn float_matmul(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    float_matmul_with(Kernels::active(), x, weight, bias)
+    product(Kernels::active(), x, weight, bias, &Fused::default())
 }
 
 /// [`float_matmul`] with the CPU kernels of a given instruction set.
@@ -25,6 +26,17 @@ pub fn float_matmul_with(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
+    product(kernels, x, weight, bias, &Fused::default())
+}
+
+/// The product and what follows it, but not the norm before it.
+fn product(
+    kernels: &'static Kernels,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    fused: &Fused,
+) -> Result<Tensor> {
     let (rows, cols) = weight.dims2()?;
     if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
         bail!("float matmul: the weight must be F32, F16 or BF16, found {:?}", weight.dtype());
@@ -33,11 +45,18 @@ pub fn float_matmul_with(
         bail!("float matmul: x is {:?}, but the weight ({rows}, {cols}) wants (.., {cols})", x.shape());
     }
     check_bias(bias, rows)?;
+    check_residual(fused.residual, &[&x.dims()[..x.rank() - 1], &[rows]].concat())?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return by_cublas(x, weight, bias, &Fused::default());
+        return by_cublas(x, weight, bias, fused);
     }
-    let op = FloatMatmul { kernels, weight: weight.contiguous()?, bias: bias.cloned() };
+    let op = FloatMatmul {
+        kernels,
+        weight: weight.contiguous()?,
+        bias: bias.cloned(),
+        activation: fused.activation,
+        residual: fused.residual.map(Tensor::contiguous).transpose()?,
+    };
     x.contiguous()?.apply_op1_no_bwd(&op)
 }
 
@@ -72,6 +91,8 @@ struct FloatMatmul {
     kernels: &'static Kernels,
     weight: Tensor,
     bias: Option<Tensor>,
+    activation: Option<Activation>,
+    residual: Option<Tensor>,
 }
 
 impl CustomOp1 for FloatMatmul {
@@ -86,24 +107,26 @@ impl CustomOp1 for FloatMatmul {
         let range = weight_layout.start_offset()..weight_layout.start_offset() + rows * cols;
         let kernels = self.kernels;
         let fill = |matrix: &mut [MaybeUninit<f32>]| {
-            bias_values(self.bias.as_ref(), |bias| {
-                let output = &mut OutputColumns { matrix, width: rows, columns: 0..rows };
-                match &*weight {
-                    Storage::Cpu(CpuStorage::F32(weight)) => {
-                        cpu::float_product(kernels.f32_dots, &values, &weight[range], bias, output)
+            with_epilogue(kernels, self.activation, self.residual.as_ref(), |epilogue| {
+                bias_values(self.bias.as_ref(), |bias| {
+                    let output = &mut OutputColumns { matrix, width: rows, columns: 0..rows, epilogue };
+                    match &*weight {
+                        Storage::Cpu(CpuStorage::F32(weight)) => {
+                            cpu::float_product(kernels.f32_dots, &values, &weight[range], bias, output)
+                        }
+                        Storage::Cpu(CpuStorage::F16(weight)) => {
+                            cpu::float_product(kernels.f16_dots, &values, &weight[range], bias, output)
+                        }
+                        Storage::Cpu(CpuStorage::BF16(weight)) => {
+                            cpu::float_product(kernels.bf16_dots, &values, &weight[range], bias, output)
+                        }
+                        _ => bail!(
+                            "float matmul: activations are on the CPU, but the weight is on {:?}",
+                            self.weight.device()
+                        ),
                     }
-                    Storage::Cpu(CpuStorage::F16(weight)) => {
-                        cpu::float_product(kernels.f16_dots, &values, &weight[range], bias, output)
-                    }
-                    Storage::Cpu(CpuStorage::BF16(weight)) => {
-                        cpu::float_product(kernels.bf16_dots, &values, &weight[range], bias, output)
-                    }
-                    _ => bail!(
-                        "float matmul: activations are on the CPU, but the weight is on {:?}",
-                        self.weight.device()
-                    ),
-                }
-                Ok(())
+                    Ok(())
+                })
             })
         };
         // SAFETY: the product fills its columns, which are all.
@@ -132,12 +155,7 @@ impl FloatLinear {
 
     /// The layer between its neighbours.
     pub fn forward_fused(&self, x: &Tensor, fused: &Fused) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
-            let normed = fused.norm.map(|norm| norm.forward(x)).transpose()?;
-            return by_cublas(normed.as_ref().unwrap_or(x), &self.weight, self.bias.as_ref(), fused);
-        }
-        fused.around(x, |x| self.forward(x))
+        product(Kernels::active(), &*fused.normed(x)?, &self.weight, self.bias.as_ref(), fused)
     }
 
     /// The weight (out, in).

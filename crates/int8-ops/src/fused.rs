@@ -1,10 +1,14 @@
 //! What comes before and after a linear layer, so that a device can do it in the same pass over memory.
 
-use candle_core::{Result, Tensor};
+use std::borrow::Cow;
+
+use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
-use crate::elementwise::{Activation, add};
+use crate::cpu::{Epilogue, FloatSlice, Kernels};
+use crate::elementwise::Activation;
 use crate::layer_norm::LayerNorm;
+use crate::matmul::vector_values;
 
 /// The neighbours of a linear layer `y = x W^T + bias`: `activation(linear(norm(x))) + residual`, each of them
 /// where it is given.
@@ -19,19 +23,38 @@ pub struct Fused<'a> {
 }
 
 impl Fused<'_> {
-    /// One after the other, around what `linear` does.
-    pub(crate) fn around(&self, x: &Tensor, linear: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-        let y = match self.norm {
-            Some(norm) => linear(&norm.forward(x)?)?,
-            None => linear(x)?,
-        };
-        let y = match self.activation {
-            Some(activation) => activation.forward(y)?,
-            None => y,
-        };
-        match self.residual {
-            Some(residual) => add(y, residual),
-            None => Ok(y),
+    /// What the layer takes where its norm is an op of its own.
+    pub(crate) fn normed<'x>(&self, x: &'x Tensor) -> Result<Cow<'x, Tensor>> {
+        Ok(match self.norm {
+            Some(norm) => Cow::Owned(norm.forward(x)?),
+            None => Cow::Borrowed(x),
+        })
+    }
+}
+
+/// Calls `f` with what follows a layer's outputs, as it is done on the CPU.
+pub(crate) fn with_epilogue<R>(
+    kernels: &Kernels,
+    activation: Option<Activation>,
+    residual: Option<&Tensor>,
+    f: impl FnOnce(Epilogue) -> Result<R>,
+) -> Result<R> {
+    let epilogue = Epilogue { activation: activation.map(|activation| activation.kernel(kernels)), residual: None };
+    match residual {
+        Some(residual) => vector_values(residual, |values| match values {
+            FloatSlice::F32(values) => f(Epilogue { residual: Some((values, kernels.add)), ..epilogue }),
+            _ => bail!("a residual on the CPU must be F32, found {:?}", residual.dtype()),
+        }),
+        None => f(epilogue),
+    }
+}
+
+/// An error unless the residual, if there is one, has the dims of the outputs.
+pub(crate) fn check_residual(residual: Option<&Tensor>, dims: &[usize]) -> Result<()> {
+    match residual {
+        Some(residual) if residual.dims() != dims => {
+            bail!("the residual is {:?}, but the outputs are {dims:?}", residual.shape())
         }
+        _ => Ok(()),
     }
 }

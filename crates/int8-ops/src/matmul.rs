@@ -10,7 +10,7 @@ use crate::cpu::{self, Activations, FloatSlice, Kernels, OutputColumns, Values};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::elementwise::Activation;
-use crate::fused::Fused;
+use crate::fused::{Fused, check_residual, with_epilogue};
 use crate::layer_norm::LayerNorm;
 use crate::matrix::Int8Matrix;
 use crate::outliers::check_threshold;
@@ -43,7 +43,8 @@ pub fn int8_matmul_with(
     product(kernels, x, weights, threshold, &Fused::default())
 }
 
-/// [`int8_matmul_with`] between its neighbours: on a CUDA device in the same launches, else one after the other.
+/// [`int8_matmul_with`] between its neighbours: on a CUDA device in the same launches; on the CPU the norm comes first,
+/// and what follows is done to outputs while they are in a core's cache.
 pub fn int8_matmul_fused(
     x: &Tensor,
     weights: &[WeightAndBias],
@@ -54,7 +55,7 @@ pub fn int8_matmul_fused(
     if x.device().is_cuda() {
         product(kernels, x, weights, threshold, fused)
     } else {
-        fused.around(x, |x| product(kernels, x, weights, threshold, &Fused::default()))
+        product(kernels, &*fused.normed(x)?, weights, threshold, &Fused { norm: None, ..*fused })
     }
 }
 
@@ -74,6 +75,10 @@ fn product(
         check_bias(*bias, rows)?;
     }
     check_threshold(threshold)?;
+    if let Some((_, dims)) = x.dims().split_last() {
+        let width = weights.iter().map(|(weight, _)| weight.dims().0).sum();
+        check_residual(fused.residual, &[dims, &[width]].concat())?;
+    }
     let weights = weights.iter().map(|(weight, bias)| (Int8Matrix::clone(weight), bias.cloned())).collect();
     let op = Int8Matmul {
         kernels,
@@ -123,12 +128,10 @@ pub(crate) struct Int8Matmul {
     kernels: &'static Kernels,
     pub(crate) weights: Vec<(Int8Matrix, Option<Tensor>)>,
     pub(crate) threshold: Option<f32>,
-    /// What a CUDA device does in the same launches; elsewhere it is done around the op.
+    /// What a CUDA device does in the same launches; on the CPU there is none.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub(crate) norm: Option<LayerNorm>,
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub(crate) activation: Option<Activation>,
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub(crate) residual: Option<Tensor>,
 }
 
@@ -149,19 +152,21 @@ impl CustomOp1 for Int8Matmul {
         })?;
         let width = self.width();
         let fill = |matrix: &mut [MaybeUninit<f32>]| {
-            let mut first = 0;
-            for (weight, bias) in &self.weights {
-                let columns = first..first + weight.dims().0;
-                first = columns.end;
-                let mut output = OutputColumns { matrix, width, columns };
-                bias_values(bias.as_ref(), |bias| {
-                    weight.with_slices(|codes, scales| {
-                        cpu::int8_product(self.kernels, &activations, codes, scales, bias, &mut output);
-                        Ok(())
-                    })
-                })?;
-            }
-            Ok(())
+            with_epilogue(self.kernels, self.activation, self.residual.as_ref(), |epilogue| {
+                let mut first = 0;
+                for (weight, bias) in &self.weights {
+                    let columns = first..first + weight.dims().0;
+                    first = columns.end;
+                    let mut output = OutputColumns { matrix, width, columns, epilogue };
+                    bias_values(bias.as_ref(), |bias| {
+                        weight.with_slices(|codes, scales| {
+                            cpu::int8_product(self.kernels, &activations, codes, scales, bias, &mut output);
+                            Ok(())
+                        })
+                    })?;
+                }
+                Ok(())
+            })
         };
         profile::time(Part::Products, || {
             // SAFETY: each product fills its columns, and together they are as wide as the matrix.

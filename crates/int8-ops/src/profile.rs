@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 pub enum Part {
     /// Finding outlier columns, and turning activations into codes.
     Quantize,
-    /// The products of linear layers, with scales, outlier columns and biases.
+    /// The products of linear layers, with scales, outlier columns, biases, and what follows in the same pass: activation
+    /// functions and residuals.
     Products,
     /// Queries over the keys and values in the cache.
     Attention,
@@ -19,16 +20,13 @@ pub enum Part {
     Cache,
     /// Layer norms.
     Norm,
-    /// Activation functions and residuals.
-    Elementwise,
     /// From the last hidden state to the logits.
     Head,
 }
 
 impl Part {
     /// Every part, in the order of [`Profile`].
-    pub const ALL: [Self; 7] =
-        [Self::Quantize, Self::Products, Self::Attention, Self::Cache, Self::Norm, Self::Elementwise, Self::Head];
+    pub const ALL: [Self; 6] = [Self::Quantize, Self::Products, Self::Attention, Self::Cache, Self::Norm, Self::Head];
 }
 
 /// The time that each part has taken.

@@ -15,6 +15,28 @@ pub(crate) struct OutputColumns<'a> {
     pub(crate) matrix: &'a mut [MaybeUninit<f32>],
     pub(crate) width: usize,
     pub(crate) columns: Range<usize>,
+    pub(crate) epilogue: Epilogue<'a>,
+}
+
+/// What follows a layer, done to its outputs while they are in the nearest cache.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Epilogue<'a> {
+    /// Of the outputs.
+    pub(crate) activation: Option<fn(&mut [f32])>,
+    /// (tokens, width), and how it is added.
+    pub(crate) residual: Option<(&'a [f32], fn(&mut [f32], &[f32]))>,
+}
+
+impl Epilogue<'_> {
+    /// Does it to the outputs from `place` on.
+    fn follow(&self, outputs: &mut [f32], place: usize) {
+        if let Some(activate) = self.activation {
+            activate(outputs);
+        }
+        if let Some((residual, add)) = self.residual {
+            add(outputs, &residual[place..place + outputs.len()]);
+        }
+    }
 }
 
 /// A token on its way through the rows of a weight.
@@ -138,7 +160,9 @@ pub(crate) fn int8_product(
                         bias: bias.map(|bias| &bias[first..first + len]),
                     };
                     let outlier_weights = &outlier_weights[..columns * len];
-                    (kernels.finish)(sums, outlier_weights, &finish, part.outputs(token, first, len));
+                    let write = |out: &mut [_]| (kernels.finish)(sums, outlier_weights, &finish, out);
+                    // SAFETY: the kernel writes them all.
+                    unsafe { part.fill(token, first, len, write) };
                 }
             }
             SCRATCH.set(Scratch { sums, outlier_weights, bias: room });
@@ -166,7 +190,8 @@ fn int8_product_of_one(
             bias: bias.map(|bias| bias.widened(rows.clone(), &mut scratch.bias)),
         };
         let weight = &weight[rows.start * x.cols..rows.end * x.cols];
-        (kernels.token_outputs)(&token, weight, &finish, part.outputs(0, 0, rows.len()));
+        // SAFETY: the kernel writes them all.
+        unsafe { part.fill(0, 0, rows.len(), |out| (kernels.token_outputs)(&token, weight, &finish, out)) };
         SCRATCH.set(scratch);
     });
 }
@@ -214,10 +239,14 @@ pub(crate) fn float_product<T: Sync>(
                 let sums = &mut sums[..part.tokens * len];
                 dots(values, weight, cols, sums);
                 for (token, sums) in sums.chunks(len).enumerate() {
-                    let output = part.outputs(token, first, len).write_copy_of_slice(sums);
-                    if let Some(bias) = bias {
-                        output.iter_mut().zip(&bias[first..]).for_each(|(output, bias)| *output += bias);
-                    }
+                    let write = |out: &mut [MaybeUninit<f32>]| {
+                        let out = out.write_copy_of_slice(sums);
+                        if let Some(bias) = bias {
+                            out.iter_mut().zip(&bias[first..]).for_each(|(out, bias)| *out += bias);
+                        }
+                    };
+                    // SAFETY: they are all copied.
+                    unsafe { part.fill(token, first, len, write) };
                 }
             }
         });
@@ -237,10 +266,12 @@ impl OutputColumns<'_> {
     /// The same columns of at most so many tokens at a time, and the number of the first of them. The activations of
     /// a block stay in a core's cache, or one of its neighbours', while all of the weight comes by.
     fn in_blocks(&mut self, tokens: usize) -> impl Iterator<Item = (usize, OutputColumns<'_>)> {
-        let Self { matrix, width, columns } = self;
-        let blocks = matrix.chunks_mut((tokens * *width).max(1)).enumerate();
-        blocks.map(move |(block, matrix)| {
-            (block * tokens, OutputColumns { matrix, width: *width, columns: columns.clone() })
+        let Self { matrix, width, columns, epilogue } = self;
+        let len = (tokens * *width).max(1);
+        matrix.chunks_mut(len).enumerate().map(move |(block, matrix)| {
+            let residual = epilogue.residual.map(|(residual, add)| (&residual[block * len..][..matrix.len()], add));
+            let epilogue = Epilogue { residual, ..*epilogue };
+            (block * tokens, OutputColumns { matrix, width: *width, columns: columns.clone(), epilogue })
         })
     }
 
@@ -251,10 +282,11 @@ impl OutputColumns<'_> {
             return;
         }
         assert!(self.columns.end <= self.width && self.matrix.len().is_multiple_of(self.width));
-        let (tokens, width, first) = (self.tokens(), self.width, self.columns.start);
+        let (tokens, width, first, epilogue) = (self.tokens(), self.width, self.columns.start, self.epilogue);
         let matrix = &Places::new(self.matrix);
         team::for_each_range(self.columns.len(), rows_per_part, |rows| {
-            fill(rows.clone(), &mut Part { matrix, first: first + rows.start, rows: rows.len(), tokens, width });
+            let (first, len) = (first + rows.start, rows.len());
+            fill(rows, &mut Part { matrix, first, rows: len, tokens, width, epilogue });
         });
     }
 }
@@ -267,16 +299,23 @@ struct Part<'a> {
     rows: usize,
     tokens: usize,
     width: usize,
+    epilogue: Epilogue<'a>,
 }
 
 impl Part<'_> {
-    /// A token's outputs of `len` rows, of which `first` is the first.
-    fn outputs(&mut self, token: usize, first: usize, len: usize) -> &mut [MaybeUninit<f32>] {
+    /// Has `write` write a token's outputs of `len` rows, of which `first` is the first, and does what follows.
+    ///
+    /// # Safety
+    /// `write` must write them all.
+    unsafe fn fill(&mut self, token: usize, first: usize, len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) {
         assert!(token < self.tokens && first + len <= self.rows);
-        let first = self.first + token * self.width + first;
+        let place = self.first + token * self.width + first;
         // SAFETY: the token and the rows are the part's (asserted), nobody else has the part, and it is
         // borrowed as long as the outputs are.
-        unsafe { self.matrix.take(first..first + len) }
+        let outputs = unsafe { self.matrix.take(place..place + len) };
+        write(outputs);
+        // SAFETY: the caller vouches for it.
+        self.epilogue.follow(unsafe { outputs.assume_init_mut() }, place);
     }
 
     /// Asks for a token's outputs to be brought to the cache, where the machine can be asked.

@@ -48,7 +48,8 @@ pub struct Row {
     /// The same in the time of the products alone, with the head's where tokens are generated: null on a CUDA device, as
     /// the shares of the time that follow. What they leave is between the ops.
     pub products_share_of_limit: Option<f64>,
-    /// The linear layers' products, from codes to outputs; the median share of a repetition's time.
+    /// The linear layers' products, from codes to outputs, with the activation functions and residuals that follow; the
+    /// median share of a repetition's time.
     pub products_share: Option<f64>,
     /// From the last hidden state to the logits.
     pub head_share: Option<f64>,
@@ -58,8 +59,6 @@ pub struct Row {
     /// Writing keys and values to the cache.
     pub cache_share: Option<f64>,
     pub norm_share: Option<f64>,
-    /// Activation functions and residuals.
-    pub elementwise_share: Option<f64>,
     /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it; on a CUDA device `int8_matmul_peak`
     /// and `copy_bandwidth`.
     pub limited_by: Option<String>,
@@ -177,7 +176,6 @@ impl Row {
             attention_share: share_of(Part::Attention),
             cache_share: share_of(Part::Cache),
             norm_share: share_of(Part::Norm),
-            elementwise_share: share_of(Part::Elementwise),
             limited_by: limited_by.map(str::to_string),
             first_token_seconds: is_prefill.then_some(seconds),
             token_seconds: (!is_prefill).then(|| seconds / gen_len as f64),
