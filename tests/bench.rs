@@ -66,6 +66,9 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
         // The head is the embedding: every weight is read.
         assert_eq!(row["weight_bytes_per_token"], row["weight_bytes"]);
         assert!(number(row, "min") <= number(row, "median") && number(row, "median") <= number(row, "max"), "{row}");
+        let parts = ["products_share", "head_share", "quantize_share", "attention_share", "cache_share", "norm_share"];
+        let shares = parts.map(|part| number(row, part));
+        assert!(shares.iter().all(|&share| share > 0.0) && shares.iter().sum::<f64>() < 1.0, "{row}");
         for key in ["min", "load_seconds", "load_peak_rss_bytes", "peak_rss_bytes", "read_bandwidth"] {
             assert!(number(row, key) > 0.0, "{key}: {row}");
         }
@@ -85,6 +88,10 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
     assert!((number(decode, "limit") / limit - 1.0).abs() < 1e-9, "{decode}");
     assert!((number(decode, "share_of_limit") * limit / number(decode, "median") - 1.0).abs() < 1e-9, "{decode}");
     assert_eq!(decode["limited_by"], "read_bandwidth");
+    // The products alone, of which one repetition has one figure.
+    let in_products = number(decode, "products_share") + number(decode, "head_share");
+    let products = number(decode, "share_of_limit") / in_products;
+    assert!((number(decode, "products_share_of_limit") / products - 1.0).abs() < 1e-9, "{decode}");
     match prefill["int8_dot_peak"].as_f64() {
         Some(peak) => {
             let limit = peak / number(prefill, "int8_operations_per_token");
@@ -163,7 +170,7 @@ fn tables_and_comma_separated_values() {
     let folder = folder.to_str().unwrap();
     let table =
         stdout(&succeeds(&quick(folder, &["--precision", "int8,bf16", "--int8-head", "--cache-dtype", "f16,int8"])));
-    let limits = ["of the limit", "limits of 1 thread", "medians of 2"];
+    let limits = ["of the limit", "in products", "their limit", "limits of 1 thread", "medians of 2"];
     for part in ["prompt of 8", "3 tokens", "int8 + head", "bf16", " f16 ", "int8  "].into_iter().chain(limits) {
         assert!(table.contains(part), "`{part}` is not in: {table}");
     }

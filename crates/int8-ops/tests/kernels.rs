@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
-use int8_ops::cpu::{Bound, Finish, Kernels, RunningSoftmax, Token, Tokens};
+use int8_ops::cpu::{BlockScales, Bound, Finish, Kernels, Query, RunningSoftmax, Token, Tokens};
 use proptest::prelude::*;
 
 /// Sizes around every vector width: 1, primes, a multiple of 64 and its neighbours; and around the blocks of
@@ -171,6 +171,46 @@ proptest! {
                 }
                 prop_assert_eq!(&codes, wanted.get_or_insert_with(|| codes.clone()), "{}", kernels.name);
             }
+        }
+    }
+
+    #[test]
+    fn a_softmax_of_integer_sums_has_the_same_bits_everywhere(
+        count in 1..40usize,
+        scores in prop::collection::vec(-30_000i32..30_000, 40 * 64),
+        scales in prop::collection::vec(1e-6f32..1e-3, 128),
+        (slope, scale) in (-1f32..1.0, prop_oneof![Just(1f32), Just(1e-20), Just(1e6), Just(f32::NAN)]),
+        seen in prop::collection::vec(1..=64usize, 40),
+    ) {
+        let sums: Vec<[i32; 64]> = scores[..64 * count].as_chunks().0.to_vec();
+        let scales: [[f32; 64]; 2] = [scales[..64].try_into().unwrap(), scales[64..].try_into().unwrap()];
+        let biases = std::array::from_fn(|key| slope * key as f32);
+        let block = BlockScales { keys: &scales[0], values: &scales[1], biases: &biases };
+        let query = |index: usize| Query {
+            scale: scale * (index + 1) as f32,
+            negligible: -30.0,
+            max: if index % 3 == 0 { f32::NEG_INFINITY } else { index as f32 },
+            sums: std::array::from_fn(|lane| (index * lane) as f32),
+            bias: slope * index as f32,
+            seen: seen[index],
+            shrink: 7.0,
+            code_scale: 7.0,
+        };
+        let mut wanted = None;
+        for kernels in Kernels::available() {
+            let mut queries: Vec<Query> = (0..count).map(query).collect();
+            let (mut weights, mut codes) = (vec![[7f32; 64]; count], vec![[7i16; 64]; count]);
+            (kernels.softmax_codes)(&sums, &block, &mut queries, &mut weights, &mut codes);
+            for (codes, query) in codes.iter().zip(&queries) {
+                prop_assert!(codes[query.seen..].iter().all(|&code| code == 0), "{}", kernels.name);
+            }
+            let of = |query: &Query| [query.max, query.shrink, query.code_scale].into_iter().chain(query.sums).collect::<Vec<_>>();
+            // NaN is NaN, whatever its bits.
+            let bits = |value: f32| if value.is_nan() { u32::MAX } else { value.to_bits() };
+            let found: Vec<u32> = queries.iter().flat_map(of).map(bits).collect();
+            let is_nan = scale.is_nan();
+            let found = (found, if is_nan { Vec::new() } else { codes });
+            prop_assert_eq!(&found, wanted.get_or_insert_with(|| found.clone()), "{}", kernels.name);
         }
     }
 

@@ -113,7 +113,7 @@ impl Blocks {
             ..MANY_TOKENS => (BYTES_PER_PART / row_bytes).next_multiple_of(least).max(least),
             _ => rows,
         };
-        Self { rows, tokens: 512, rows_per_part }
+        Self { rows, tokens: 1024, rows_per_part }
     }
 }
 

@@ -124,6 +124,12 @@ impl Load {
 }
 
 impl Row {
+    /// The share of the time in what the limit is for; see [`Figures::bounded_parts`].
+    pub fn bounded_share(&self) -> Option<f64> {
+        let head = if self.test == "prefill" { Some(0.0) } else { self.head_share };
+        Some(self.products_share? + head?)
+    }
+
     pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures) -> Self {
         let limits = Limits::median(&figures.limits);
         let speed = figures.tokens_per_second();

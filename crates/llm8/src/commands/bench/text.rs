@@ -14,8 +14,22 @@ const WORDS: [&str; 3] = ["", "cache", "test"];
 pub fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    let heading =
-        ["", "threads", "batch", "cache", "test", "tokens/s", "min", "max", "first token", "a token", "of the limit"];
+    let heading = [
+        "",
+        "threads",
+        "batch",
+        "cache",
+        "test",
+        "tokens/s",
+        "min",
+        "max",
+        "first token",
+        "a token",
+        "of the limit",
+        "in products",
+        "their limit",
+    ];
+    let percent = |share: Option<f64>| share.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0));
     table.add_row(heading);
     table.add_rows(rows.iter().map(|row| {
         [
@@ -29,7 +43,9 @@ pub fn table(rows: &[Row]) -> String {
             rate(row.max),
             row.first_token_seconds.map_or(String::new(), seconds),
             row.token_seconds.map_or(String::new(), seconds),
-            row.share_of_limit.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0)),
+            percent(row.share_of_limit),
+            percent(row.bounded_share()),
+            percent(row.products_share_of_limit),
         ]
     }));
     table.column_iter_mut().take(1).for_each(|column| {
