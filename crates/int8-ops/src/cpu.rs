@@ -41,7 +41,7 @@ pub(crate) use attention::{
     write_key, write_value,
 };
 pub use product::{CodeLine, Finish, Token, Tokens};
-pub(crate) use product::{Epilogue, OutputColumns, float_product, int8_product};
+pub(crate) use product::{Epilogue, OutputColumns, Residual, float_product, int8_product};
 pub(crate) use tiles::prefetch_near;
 
 use crate::MAX_CODE;

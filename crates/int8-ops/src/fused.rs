@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
-use crate::cpu::{Epilogue, FloatSlice, Kernels};
+use crate::cpu::{Epilogue, FloatSlice, Kernels, Residual};
 use crate::elementwise::Activation;
 use crate::layer_norm::LayerNorm;
 use crate::matmul::vector_values;
@@ -42,7 +42,9 @@ pub(crate) fn with_epilogue<R>(
     let epilogue = Epilogue { activation: activation.map(|activation| activation.kernel(kernels)), residual: None };
     match residual {
         Some(residual) => vector_values(residual, |values| match values {
-            FloatSlice::F32(values) => f(Epilogue { residual: Some((values, kernels.add)), ..epilogue }),
+            FloatSlice::F32(values) => {
+                f(Epilogue { residual: Some(Residual { values, add: kernels.add }), ..epilogue })
+            }
             _ => bail!("a residual on the CPU must be F32, found {:?}", residual.dtype()),
         }),
         None => f(epilogue),

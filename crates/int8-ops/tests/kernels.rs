@@ -189,7 +189,7 @@ proptest! {
         let query = |index: usize| Query {
             scale: scale * (index + 1) as f32,
             negligible: -30.0,
-            max: if index % 3 == 0 { f32::NEG_INFINITY } else { index as f32 },
+            max: if index.is_multiple_of(3) { f32::NEG_INFINITY } else { index as f32 },
             sums: std::array::from_fn(|lane| (index * lane) as f32),
             bias: slope * index as f32,
             seen: seen[index],

@@ -23,8 +23,16 @@ pub(crate) struct OutputColumns<'a> {
 pub(crate) struct Epilogue<'a> {
     /// Of the outputs.
     pub(crate) activation: Option<fn(&mut [f32])>,
-    /// (tokens, width), and how it is added.
-    pub(crate) residual: Option<(&'a [f32], fn(&mut [f32], &[f32]))>,
+    /// Added to them.
+    pub(crate) residual: Option<Residual<'a>>,
+}
+
+/// What is added to a layer's outputs, and by which kernel.
+#[derive(Clone, Copy)]
+pub(crate) struct Residual<'a> {
+    /// (tokens, width).
+    pub(crate) values: &'a [f32],
+    pub(crate) add: fn(x: &mut [f32], other: &[f32]),
 }
 
 impl Epilogue<'_> {
@@ -33,8 +41,8 @@ impl Epilogue<'_> {
         if let Some(activate) = self.activation {
             activate(outputs);
         }
-        if let Some((residual, add)) = self.residual {
-            add(outputs, &residual[place..place + outputs.len()]);
+        if let Some(Residual { values, add }) = self.residual {
+            add(outputs, &values[place..place + outputs.len()]);
         }
     }
 }
@@ -269,8 +277,10 @@ impl OutputColumns<'_> {
         let Self { matrix, width, columns, epilogue } = self;
         let len = (tokens * *width).max(1);
         matrix.chunks_mut(len).enumerate().map(move |(block, matrix)| {
-            let residual = epilogue.residual.map(|(residual, add)| (&residual[block * len..][..matrix.len()], add));
-            let epilogue = Epilogue { residual, ..*epilogue };
+            let mut epilogue = *epilogue;
+            if let Some(Residual { values, .. }) = &mut epilogue.residual {
+                *values = &values[block * len..][..matrix.len()];
+            }
             (block * tokens, OutputColumns { matrix, width: *width, columns: columns.clone(), epilogue })
         })
     }
