@@ -88,10 +88,12 @@ fn rows_tell_what_was_measured_and_its_share_of_the_limit() {
     assert!((number(decode, "limit") / limit - 1.0).abs() < 1e-9, "{decode}");
     assert!((number(decode, "share_of_limit") * limit / number(decode, "median") - 1.0).abs() < 1e-9, "{decode}");
     assert_eq!(decode["limited_by"], "read_bandwidth");
-    // The products alone, of which one repetition has one figure.
+    // Of one repetition there is one figure. The head reads its weight for one token, also of a prompt.
     let in_products = number(decode, "products_share") + number(decode, "head_share");
+    assert!((number(decode, "bounded_share") / in_products - 1.0).abs() < 1e-9, "{decode}");
     let products = number(decode, "share_of_limit") / in_products;
     assert!((number(decode, "products_share_of_limit") / products - 1.0).abs() < 1e-9, "{decode}");
+    assert_eq!(prefill["bounded_share"], prefill["products_share"]);
     match prefill["int8_dot_peak"].as_f64() {
         Some(peak) => {
             let limit = peak / number(prefill, "int8_operations_per_token");

@@ -18,7 +18,7 @@ pub struct Fused<'a> {
     pub norm: Option<&'a LayerNorm>,
     /// Of the outputs.
     pub activation: Option<Activation>,
-    /// (.., out), in the dtype of x.
+    /// (.., out), in the dtype of x; on the CPU in F32.
     pub residual: Option<&'a Tensor>,
 }
 

@@ -46,9 +46,7 @@ impl LayerNorm {
     pub(crate) fn eps(&self) -> f32 {
         self.eps
     }
-}
 
-impl LayerNorm {
     /// Of x (rows, width).
     fn norm_rows(&self, x: &[f32], width: usize) -> Result<Vec<f32>> {
         let kernels = Kernels::active();

@@ -1,4 +1,5 @@
-//! Where the time of a pass on the CPU goes: every op adds what it has taken to a clock of the thread that calls it.
+//! Where the time of a pass on the CPU goes: the ops of a block, and the head, add what they have taken to a clock of
+//! the thread that calls them.
 //!
 //! Reading the time twice costs an op some 50 ns, where the shortest takes microseconds. On a CUDA device ops return
 //! before they are done, so they are not timed there.
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 pub enum Part {
     /// Finding outlier columns, and turning activations into codes.
     Quantize,
-    /// The products of linear layers, with scales, outlier columns, biases, and what follows in the same pass: activation
-    /// functions and residuals.
+    /// The products of linear layers, with scales, outlier columns, biases, and what follows in the same pass:
+    /// activation functions and residuals.
     Products,
     /// Queries over the keys and values in the cache.
     Attention,
@@ -20,7 +21,7 @@ pub enum Part {
     Cache,
     /// Layer norms.
     Norm,
-    /// From the last hidden state to the logits.
+    /// The product of the head, from hidden states to the logits.
     Head,
 }
 

@@ -180,7 +180,7 @@ proptest! {
         scores in prop::collection::vec(-30_000i32..30_000, 40 * 64),
         scales in prop::collection::vec(1e-6f32..1e-3, 128),
         (slope, scale) in (-1f32..1.0, prop_oneof![Just(1f32), Just(1e-20), Just(1e6), Just(f32::NAN)]),
-        seen in prop::collection::vec(1..=64usize, 40),
+        seen in prop::collection::vec(0..=64usize, 40),
     ) {
         let sums: Vec<[i32; 64]> = scores[..64 * count].as_chunks().0.to_vec();
         let scales: [[f32; 64]; 2] = [scales[..64].try_into().unwrap(), scales[64..].try_into().unwrap()];
@@ -204,7 +204,9 @@ proptest! {
             for (codes, query) in codes.iter().zip(&queries) {
                 prop_assert!(codes[query.seen..].iter().all(|&code| code == 0), "{}", kernels.name);
             }
-            let of = |query: &Query| [query.max, query.shrink, query.code_scale].into_iter().chain(query.sums).collect::<Vec<_>>();
+            let of = |query: &Query| {
+                [query.max, query.shrink, query.code_scale].into_iter().chain(query.sums).collect::<Vec<_>>()
+            };
             // NaN is NaN, whatever its bits.
             let bits = |value: f32| if value.is_nan() { u32::MAX } else { value.to_bits() };
             let found: Vec<u32> = queries.iter().flat_map(of).map(bits).collect();

@@ -159,9 +159,10 @@ impl AttentionCache {
     /// Errors where they are of other dimensions, or there is no room for them.
     pub fn write(&self, past: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
         let (batch, heads, capacity, head_dim) = self.dims();
+        let tokens = keys.dims4()?.2;
         for tensor in [keys, values] {
             let dims = tensor.dims4()?;
-            if dims != (batch, heads, dims.2, head_dim) || past + dims.2 > capacity {
+            if dims != (batch, heads, tokens, head_dim) || past + tokens > capacity {
                 bail!("{dims:?} do not fit a cache ({batch}, {heads}, {capacity}, {head_dim}) after {past} tokens");
             }
         }

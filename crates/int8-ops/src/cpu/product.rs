@@ -109,8 +109,8 @@ const BYTES_PER_PART: usize = 1 << 15;
 impl Blocks {
     /// One token: short blocks, so that what follows the sums of one goes on while the next is on its way
     /// from memory. Few: blocks long enough that finishing them token by token costs little. Both in whole tiles of an
-    /// int8 weight, so that threads can end together. Many: blocks that are worth putting the weight in another order for; and as many
-    /// tokens at a time as leave their codes and sums in the caches.
+    /// int8 weight, so that threads can end together. Many: blocks that are worth putting the weight in another order
+    /// for; and as many tokens at a time as leave their codes and sums in the caches.
     fn of(tokens: usize, row_bytes: usize) -> Self {
         let (rows, least) = match tokens {
             1 => (TILE_ROWS, TILE_ROWS),

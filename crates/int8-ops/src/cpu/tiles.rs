@@ -44,7 +44,7 @@ pub(super) use for_each_tile;
 pub(super) const MANY_TOKENS: usize = 12;
 /// How far ahead of its use a weight is brought to the second cache, in bytes.
 #[cfg(target_arch = "x86_64")]
-pub(super) const AHEAD: usize = 8192;
+const AHEAD: usize = 8192;
 
 /// Asks for the weight some way after `weight` to be brought to the second cache.
 #[cfg(target_arch = "x86_64")]
@@ -53,8 +53,7 @@ pub(super) fn prefetch_after<T>(weight: *const T) {
     prefetch(weight.cast::<i8>().wrapping_add(AHEAD));
 }
 
-/// What is brought to the second cache while a piece of memory is walked along: the rest of it, and then the next
-/// piece.
+/// What is brought to the caches while a piece of memory is walked along: the rest of it, and then the next piece.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
 pub(super) struct Ahead<T> {
     bytes: usize,

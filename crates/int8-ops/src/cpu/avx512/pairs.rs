@@ -76,7 +76,7 @@ pub(super) fn pair_sums<C: WidenPairs>(
 }
 
 /// One row costs the reading of `b`, which is walked along as it lies in memory: 16 lanes at every depth and then the
-/// next 16 where lanes lie apart, else all lanes there are at one depth and then at the next.
+/// next 16 where lanes lie apart, else all lanes there are, or 128, at one depth and then at the next.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn row_sums<C: WidenPairs>(
     a: &[Pair],
@@ -92,11 +92,14 @@ fn row_sums<C: WidenPairs>(
         let (b, sums) = (&b[vector * strides[1]..], &mut sums[vector * 16..]);
         vector += match sums.len() / 16 {
             _ if are_apart => walk::<C, 1, 4>(a, depth, b, strides, sums, ahead),
-            // The heads of published models are 64, 80, 96 or 128 wide.
+            // No published model has wider heads.
             8.. => walk::<C, 8, 1>(a, depth, b, strides, sums, ahead),
+            7 => walk::<C, 7, 1>(a, depth, b, strides, sums, ahead),
             6 => walk::<C, 6, 2>(a, depth, b, strides, sums, ahead),
             5 => walk::<C, 5, 2>(a, depth, b, strides, sums, ahead),
-            4 | 7 => walk::<C, 4, 2>(a, depth, b, strides, sums, ahead),
+            4 => walk::<C, 4, 2>(a, depth, b, strides, sums, ahead),
+            3 => walk::<C, 3, 2>(a, depth, b, strides, sums, ahead),
+            2 => walk::<C, 2, 4>(a, depth, b, strides, sums, ahead),
             _ => walk::<C, 1, 4>(a, depth, b, strides, sums, ahead),
         };
     }

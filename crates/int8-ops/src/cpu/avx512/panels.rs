@@ -42,8 +42,10 @@ pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
         for start in (0..whole).step_by(DEPTH) {
             let depth = DEPTH.min(whole - start);
             pack(weight, cols, start, depth, &mut packed);
-            let next = if start + depth < whole { start + depth } else { 0 };
-            let mut next_lines = lines_of(weight.as_ptr(), cols, next);
+            let mut next_lines = match start + depth < whole {
+                true => lines_of(weight.as_ptr().wrapping_add(start + depth), cols, whole - start - depth),
+                false => lines_of(weight.as_ptr().wrapping_add(ROWS * cols), cols, whole),
+            };
             for token in (0..tokens).step_by(TOKENS) {
                 // What is packed next comes from memory while the products are made.
                 next_lines.by_ref().take(lines_per_tile).for_each(prefetch);
@@ -70,11 +72,9 @@ pub(super) fn int8_dots(tokens: &Tokens, weight: &[i8], sums: &mut [i32]) {
     }
 }
 
-/// The cache lines of the columns from `start` on that are packed together, of a block of rows; where it is 0 those of
-/// the next block.
-fn lines_of(weight: *const i8, cols: usize, start: usize) -> impl Iterator<Item = *const i8> {
-    let first = if start == 0 { weight.wrapping_add(ROWS * cols) } else { weight.wrapping_add(start) };
-    let width = DEPTH.min(cols - start);
+/// The cache lines of a block of rows, `cols` apart, in the columns from `first` on that are packed together, of `left`.
+fn lines_of(first: *const i8, cols: usize, left: usize) -> impl Iterator<Item = *const i8> {
+    let width = DEPTH.min(left);
     (0..ROWS).flat_map(move |row| (0..width).step_by(64).map(move |col| first.wrapping_add(row * cols + col)))
 }
 

@@ -15,8 +15,8 @@ const ROWS_TOGETHER: usize = 16;
 const TOKENS: usize = 8;
 
 /// How far ahead of its use a weight that several tokens share is asked for, in bytes. Twice, as a processor that has
-/// enough on its way from memory takes no notice of a hint; and line after line of a row, not of two by turns, as memory
-/// likes it best.
+/// enough on its way from memory takes no notice of a hint; and line after line of a row, not of two by turns, as
+/// memory likes it best.
 const AHEAD: [usize; 2] = [8192, 2048];
 
 /// Sums of some tokens with some weight rows, in lanes that are yet to be added.
@@ -178,7 +178,7 @@ fn vectors_per_block(cols: usize) -> usize {
     vectors.div_ceil(vectors.div_ceil(MOST))
 }
 
-/// Where some vectors lie in their rows, and where complete sums go.
+/// Where some vectors lie in their rows, where complete sums go, and what is worked on later.
 struct Place {
     /// The column of the first.
     col: usize,
@@ -221,8 +221,8 @@ fn add_rows<const T: usize, const R: usize>(
             prefetch_near(near.wrapping_add(byte));
             byte += 64;
             if byte == end_of_row {
-                // Back where a row's last vector reaches into the next row.
-                byte = byte.wrapping_add(cols).wrapping_sub(count * 64);
+                // On to the next row, `cols` after where this one began.
+                byte = byte + cols - count * 64;
                 end_of_row += cols;
             }
         }

@@ -45,11 +45,13 @@ pub struct Row {
     pub limit: Option<f64>,
     /// The median of what share each repetition reached of the limits measured around it.
     pub share_of_limit: Option<f64>,
-    /// The same in the time of the products alone, with the head's where tokens are generated: null on a CUDA device, as
-    /// the shares of the time that follow. What they leave is between the ops.
+    /// The same in the time of what is bounded by the limit alone: the linear layers' products, and the head's where
+    /// tokens are generated. Null on a CUDA device, as what follows.
     pub products_share_of_limit: Option<f64>,
-    /// The linear layers' products, from codes to outputs, with the activation functions and residuals that follow; the
-    /// median share of a repetition's time.
+    /// The median share of a repetition's time that these took.
+    pub bounded_share: Option<f64>,
+    /// The linear layers' products, from codes to outputs, with the activation functions and residuals that follow; as
+    /// of those below, the median share of a repetition's time. What they leave is between the ops.
     pub products_share: Option<f64>,
     /// From the last hidden state to the logits.
     pub head_share: Option<f64>,
@@ -124,12 +126,6 @@ impl Load {
 }
 
 impl Row {
-    /// The share of the time in what the limit is for; see [`Figures::bounded_parts`].
-    pub fn bounded_share(&self) -> Option<f64> {
-        let head = if self.test == "prefill" { Some(0.0) } else { self.head_share };
-        Some(self.products_share? + head?)
-    }
-
     pub fn new(model: &str, precision: &Precision, load: &Load, figures: &Figures) -> Self {
         let limits = Limits::median(&figures.limits);
         let speed = figures.tokens_per_second();
@@ -176,6 +172,7 @@ impl Row {
             limit,
             share_of_limit: figures.share(|limits| limit_by(limits).map(|(_, limit)| limit)),
             products_share_of_limit: figures.bounded_share(|limits| limit_by(limits).map(|(_, limit)| limit)),
+            bounded_share: figures.share_of_time(figures.bounded_parts()),
             products_share: share_of(Part::Products),
             head_share: share_of(Part::Head),
             quantize_share: share_of(Part::Quantize),

@@ -44,7 +44,7 @@ pub fn table(rows: &[Row]) -> String {
             row.first_token_seconds.map_or(String::new(), seconds),
             row.token_seconds.map_or(String::new(), seconds),
             percent(row.share_of_limit),
-            percent(row.bounded_share()),
+            percent(row.bounded_share),
             percent(row.products_share_of_limit),
         ]
     }));
