@@ -394,8 +394,13 @@ pub struct QuantizeArgs {
 /// machine's own limits that is.
 ///
 /// Where an option takes several values, separated by commas, every combination is measured. A prompt's speed
-/// is a share of the int8 products that the processor can do, that of the tokens after it of the bytes that
-/// can be read from memory; both limits are measured in the same run, with the same threads.
+/// is a share of the int8 products that the processor can do, that of a few tokens, and of those after a prompt, of
+/// the bytes that can be read from memory. Limits are measured before and after every repetition, with the same
+/// threads and on the same weights: each row has its own, and where other work comes between a share may pass 100 %.
+///
+/// In the table, `of the limit` is the share of the whole; `in products` the share of the time that the linear
+/// layers' products take (with the head's, where memory is the limit), and `their limit` the share of the limit in
+/// that time alone. `-`: not known, as for a prompt in floats. --json and --csv also have where the rest goes.
 #[derive(Debug, clap::Args)]
 pub struct BenchArgs {
     #[command(flatten)]

@@ -108,9 +108,9 @@ impl Figures {
         self.shares(limit).filter(|shares| !shares.is_empty()).map(median)
     }
 
-    /// The same share in the time of the bounded parts alone.
-    pub fn bounded_share(&self, limit: impl Fn(&Limits) -> Option<f64>) -> Option<f64> {
-        let of_time = self.shares_of_time(self.bounded_parts());
+    /// The same share in the time of some parts alone.
+    pub fn share_in(&self, parts: &[Part], limit: impl Fn(&Limits) -> Option<f64>) -> Option<f64> {
+        let of_time = self.shares_of_time(parts);
         let shares: Vec<f64> = self.shares(limit)?.into_iter().zip(of_time).map(|(share, time)| share / time).collect();
         (!shares.is_empty()).then(|| median(shares))
     }
@@ -131,15 +131,6 @@ impl Figures {
     fn shares_of_time(&self, parts: &[Part]) -> impl Iterator<Item = f64> {
         let seconds = |profile: &Profile| parts.iter().map(|&part| profile.of(part).as_secs_f64()).sum::<f64>();
         self.profiles.iter().zip(&self.seconds).map(move |(profile, whole)| seconds(profile) / whole)
-    }
-
-    /// What bounds the speed: a prompt's products are bounded by how fast they are made, the head's aside, which reads
-    /// its weight for one token; the products of tokens one by one by how fast all weights are read.
-    pub fn bounded_parts(&self) -> &'static [Part] {
-        match self.test {
-            Test::Prefill { .. } => &[Part::Products],
-            Test::Decode { .. } => &[Part::Products, Part::Head],
-        }
     }
 
     pub fn median_seconds(&self) -> f64 {
@@ -314,7 +305,7 @@ mod tests {
         };
         assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.75));
         assert_eq!(figures.share(|_| None), None);
-        assert_eq!(figures.bounded_share(|limits| limits.read_bandwidth), None);
+        assert_eq!(figures.share_in(&[Part::Products], |limits| limits.read_bandwidth), None);
         figures.limits = limits(&[12.0]);
         assert_eq!(figures.share(|limits| limits.read_bandwidth), Some(0.25));
     }

@@ -45,8 +45,8 @@ pub struct Row {
     pub limit: Option<f64>,
     /// The median of what share each repetition reached of the limits measured around it.
     pub share_of_limit: Option<f64>,
-    /// The same in the time of what is bounded by the limit alone: the linear layers' products, and the head's where
-    /// tokens are generated. Null on a CUDA device, as what follows.
+    /// The same in the time of what is bounded by the limit alone: the linear layers' products, and the head's unless
+    /// `int8_dot_peak` is the limit. Null on a CUDA device, as what follows.
     pub products_share_of_limit: Option<f64>,
     /// The median share of a repetition's time that these took.
     pub bounded_share: Option<f64>,
@@ -61,8 +61,8 @@ pub struct Row {
     /// Writing keys and values to the cache.
     pub cache_share: Option<f64>,
     pub norm_share: Option<f64>,
-    /// `int8_dot_peak` for a prompt, `read_bandwidth` for the tokens after it; on a CUDA device `int8_matmul_peak`
-    /// and `copy_bandwidth`.
+    /// `int8_dot_peak` for a prompt that is not short, `read_bandwidth` for other tokens; on a CUDA device
+    /// `int8_matmul_peak` and `copy_bandwidth`.
     pub limited_by: Option<String>,
     /// From a prompt to the logits of its first token; null in `decode`.
     pub first_token_seconds: Option<f64>,
@@ -131,18 +131,29 @@ impl Row {
         let speed = figures.tokens_per_second();
         let seconds = figures.median_seconds();
         let batch = figures.test.batch();
-        // A step reads the weights once for all sequences; every token of a prompt has its own products.
+        // A pass reads the weights once for all its tokens, each of which has its own products.
+        let by_bytes = |limits: &Limits, tokens: usize| {
+            let bytes = load.weight_bytes_per_token as f64;
+            limits.bandwidth().map(|(name, bandwidth)| (name, bandwidth / bytes * tokens as f64))
+        };
+        let by_operations = |limits: &Limits| {
+            let operations = load.int8_operations_per_token as f64;
+            limits.int8_peak().filter(|_| operations > 0.0).map(|(name, peak)| (name, peak / operations))
+        };
         let limit_by = |limits: &Limits| match figures.test {
-            Test::Prefill { .. } => {
-                let operations = load.int8_operations_per_token as f64;
-                limits.int8_peak().filter(|_| operations > 0.0).map(|(name, peak)| (name, peak / operations))
+            // The lower one; of floats the peak is not known.
+            Test::Prefill { prompt_len, .. } => {
+                by_operations(limits).map(|peak| match by_bytes(limits, batch * prompt_len) {
+                    Some(read) if read.1 < peak.1 => read,
+                    _ => peak,
+                })
             }
-            Test::Decode { .. } => {
-                let bytes = load.weight_bytes_per_token as f64;
-                limits.bandwidth().map(|(name, bandwidth)| (name, bandwidth / bytes * batch as f64))
-            }
+            Test::Decode { .. } => by_bytes(limits, batch),
         };
         let (limited_by, limit) = limit_by(&limits).unzip();
+        // The head reads its weight, but for one token of a prompt alone.
+        let is_by_operations = limited_by.is_some() && limited_by == limits.int8_peak().map(|(name, _)| name);
+        let bounded: &[Part] = if is_by_operations { &[Part::Products] } else { &[Part::Products, Part::Head] };
         let (test, prompt_len, gen_len, context) = match figures.test {
             Test::Prefill { prompt_len, .. } => ("prefill", prompt_len, 0, 0),
             Test::Decode { context, gen_len, .. } => ("decode", 0, gen_len, context),
@@ -171,8 +182,8 @@ impl Row {
             unit: "tokens/s".to_string(),
             limit,
             share_of_limit: figures.share(|limits| limit_by(limits).map(|(_, limit)| limit)),
-            products_share_of_limit: figures.bounded_share(|limits| limit_by(limits).map(|(_, limit)| limit)),
-            bounded_share: figures.share_of_time(figures.bounded_parts()),
+            products_share_of_limit: figures.share_in(bounded, |limits| limit_by(limits).map(|(_, limit)| limit)),
+            bounded_share: figures.share_of_time(bounded),
             products_share: share_of(Part::Products),
             head_share: share_of(Part::Head),
             quantize_share: share_of(Part::Quantize),
