@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::elementwise::elementwise_kernels;
-use super::tiles::{MANY_TOKENS, for_each_tile, prefetch_after};
+use super::tiles::{MANY_TOKENS, for_each_tile, prefetch, prefetch_after};
 use super::{CodeLine, Kernels, Tokens};
 
 elementwise_kernels!("avx512f,avx512bw,avx512vl,avx512dq");
@@ -162,20 +162,34 @@ fn float_dots<W: Widen>(x: &[f32], weight: &[W], cols: usize, sums: &mut [f32]) 
         for_each_tile!(float_tile::<6, 4, W>(x, weight, cols, sums));
         return;
     }
-    // One row after the other, as memory likes it best.
-    for (row, weight) in weight.chunks(cols).enumerate() {
+    // One row after the other, as memory likes it best; but where activations do not stay in the nearest cache, rows
+    // share their loads.
+    let are_far = tokens.min(8) * cols * size_of::<f32>() > NEAR_BYTES;
+    let mut row = 0;
+    while row < rows {
+        let share = are_far && tokens >= 4 && rows - row >= ROWS_TOGETHER;
         let mut token = 0;
         while token < tokens {
-            let (x, sums) = (&x[token * cols..], &mut sums[token * rows + row..]);
-            token += match tokens - token {
-                1 => float_tile::<1, 1, W>(x, weight, cols, sums, rows),
-                2 | 3 => float_tile::<2, 1, W>(x, weight, cols, sums, rows),
-                4..8 => float_tile::<4, 1, W>(x, weight, cols, sums, rows),
-                _ => float_tile::<8, 1, W>(x, weight, cols, sums, rows),
+            let (x, weight, sums) = (&x[token * cols..], &weight[row * cols..], &mut sums[token * rows + row..]);
+            token += match (tokens - token, share) {
+                (1, true) => float_tile::<1, ROWS_TOGETHER, W>(x, weight, cols, sums, rows),
+                (2 | 3, true) => float_tile::<2, ROWS_TOGETHER, W>(x, weight, cols, sums, rows),
+                (4..8, true) => float_tile::<4, ROWS_TOGETHER, W>(x, weight, cols, sums, rows),
+                (_, true) => float_tile::<8, ROWS_TOGETHER, W>(x, weight, cols, sums, rows),
+                (1, false) => float_tile::<1, 1, W>(x, weight, cols, sums, rows),
+                (2 | 3, false) => float_tile::<2, 1, W>(x, weight, cols, sums, rows),
+                (4..8, false) => float_tile::<4, 1, W>(x, weight, cols, sums, rows),
+                (_, false) => float_tile::<8, 1, W>(x, weight, cols, sums, rows),
             };
         }
+        row += if share { ROWS_TOGETHER } else { 1 };
     }
 }
+
+/// Weight rows that few tokens' activations are multiplied with at a time where they share loads.
+const ROWS_TOGETHER: usize = 3;
+/// The nearest cache of any processor with these instructions.
+const NEAR_BYTES: usize = 32 << 10;
 
 /// `sums[t * stride + r] = Σ x[t] * weight[r]` for T tokens and R weight rows; gives T.
 ///
@@ -196,6 +210,10 @@ fn float_tile<const T: usize, const R: usize, W: Widen>(
         let weights: [__m512; R] = std::array::from_fn(|r| unsafe { W::load(weight.as_ptr().add(r * cols + col)) });
         if R == 1 {
             prefetch_after(weight.as_ptr().wrapping_add(col));
+        } else if R == ROWS_TOGETHER {
+            // The next rows, line after line: see `rows`.
+            let next = weight.as_ptr().wrapping_add(R * cols + R * col);
+            (0..R).for_each(|line| prefetch(next.wrapping_add(16 * line)));
         }
         for (t, acc) in acc.iter_mut().enumerate() {
             // SAFETY: as above for rows t < T.
