@@ -13,8 +13,8 @@
 //! [`int8_matmul`] does steps 2 to 6 as one Candle custom op; [`Int8Linear`] is that op as a layer.
 //! [`float_matmul`] multiplies float activations by a 16- or 32-bit weight without widening it in
 //! memory: the language-model head, and the models in float that int8 is compared with.
-//! [`attention()`], [`LayerNorm`], [`add`] and [`Activation`] are the rest of a block. [`Fused`] puts the
-//! neighbours of a linear layer into its launches.
+//! [`attention()`] and [`LayerNorm`] are the rest of a block. [`Fused`] puts the neighbours of a linear layer,
+//! which [`add`] and [`Activation`] do on their own, into its launches, or its pass over the outputs on the CPU.
 //!
 //! Candle has no int8 dtype: codes are the bits of `i8` in a `U8` tensor. A scale is always the
 //! multiplier that turns a code back into a float, `absmax / 127`.
