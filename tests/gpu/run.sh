@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Checks and times llm8 on this machine's NVIDIA GPU: unpack llm8-gpu.tar.gz and run this. It needs NVIDIA's driver, 580
-# or later. What is right comes first: the times are of no use without it. `run.sh checks` leaves the times out, `run.sh times` the checks.
+# or later. What is right comes first: the times are of no use without it. `run.sh checks sanitize times` is all of it.
 set -uo pipefail
 cd "$(dirname "$0")"
-what=${1:-all}
+steps=" ${*:-checks sanitize times} "
+is_asked() { [[ $steps == *" $1 "* ]]; }
 # The libraries that came along; where they were left out, as they are large, those that are here.
 python_folders=$(python3 -c 'import site; print(*[p + "/nvidia/cu13/lib" for p in site.getsitepackages()])' 2>/dev/null)
 for folder in $python_folders /usr/local/cuda*/lib64 "$PWD/lib"; do
@@ -16,8 +17,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 failed=0
 run() { echo "== $*"; "$@" || { echo "== FAILED: $*"; failed=1; }; }
 
-if [ "$what" != times ]; then
-    run ./gpu-tests --ignored --test-threads 1 --nocapture
+if is_asked checks; then run ./gpu-tests --ignored --test-threads 1 --nocapture; fi
+
+if is_asked sanitize; then
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
     if [ -x "$sanitizer" ]; then
         for tool in memcheck racecheck; do
@@ -30,7 +32,7 @@ if [ "$what" != times ]; then
     fi
 fi
 
-if [ "$what" != checks ] && [ $failed = 0 ]; then
+if is_asked times && [ $failed = 0 ]; then
     run ./layer_times
     for model in bigscience/bloom-1b7 bigscience/bloomz-7b1 facebook/opt-6.7b; do
         run ./llm8 bench -q --device cuda -m "$model" --dummy-weights --precision int8,f16 --prompt-len 2048 --gen-len 64 --context 64

@@ -1,5 +1,6 @@
 //! Times of one linear layer (width, 4 width), without a bias, on a CUDA device: LLM.int8() against cuBLAS in f16, with what the
-//! device can do at best, measured in the same run. `make gpu` runs it; `--json` writes a line for each row.
+//! device can do at best, measured in the same run. `make gpu` runs it; `--json` writes a line for each row, and numbers
+//! are other widths.
 
 use std::time::Instant;
 
@@ -18,6 +19,10 @@ const REPETITIONS: usize = 9;
 
 fn main() -> Result<()> {
     let is_json = std::env::args().any(|arg| arg == "--json");
+    let mut widths: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
+    if widths.is_empty() {
+        widths = WIDTHS.to_vec();
+    }
     let device = device::cuda(0).map_err(candle_core::Error::wrap)?;
     let (Some(bandwidth), Some(peaks)) = (device::copy_bandwidth(&device, 1 << 30)?, device::matmul_peaks(&device)?)
     else {
@@ -41,9 +46,10 @@ fn main() -> Result<()> {
             );
         }
     }
-    for width in WIDTHS {
+    for width in widths {
+        let layers = Layers::new(&device, width)?;
         for tokens in TOKENS {
-            let (int8, f16) = layer_seconds(&device, width, tokens)?;
+            let (int8, f16) = layers.seconds(tokens)?;
             let weights = 4 * width * width;
             let (memory, peak) =
                 (weights as f64 / int8 / bandwidth, 2.0 * (tokens * weights) as f64 / int8 / int8_peak);
@@ -66,32 +72,45 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Seconds of a layer at int8 and in f16, measured in turns.
-fn layer_seconds(device: &Device, width: usize, tokens: usize) -> Result<(f64, f64)> {
-    let (inputs, outputs) = (width, 4 * width);
-    let weight =
-        (Tensor::randn(0f32, 0.02, (outputs, inputs), &Device::Cpu)?).to_dtype(DType::F16)?.to_device(device)?;
-    let mut x = Tensor::randn(0f32, 1.0, (1, tokens, inputs), &Device::Cpu)?.clamp(-5.0, 5.0)?;
-    for column in (COLUMNS_PER_OUTLIER / 2..inputs).step_by(COLUMNS_PER_OUTLIER) {
-        x = x.slice_assign(&[0..1, 0..1, column..column + 1], &Tensor::full(20f32, (1, 1, 1), &Device::Cpu)?)?;
+/// The same layer again and again, at places of its own.
+struct Layers {
+    device: Device,
+    inputs: usize,
+    int8: Vec<Int8Linear>,
+    f16: Vec<FloatLinear>,
+}
+
+impl Layers {
+    fn new(device: &Device, width: usize) -> Result<Self> {
+        let (inputs, outputs) = (width, 4 * width);
+        let weight = Tensor::randn(0f32, 0.02, (outputs, inputs), device)?.to_dtype(DType::F16)?;
+        let copies = |bytes: usize| BYTES_IN_TURN.div_ceil(bytes).clamp(2, 64);
+        let quantized = Int8Matrix::quantize(&weight)?;
+        let int8 = (0..copies(inputs * outputs)).map(|_| {
+            let matrix = Int8Matrix::new(quantized.codes()?.copy()?, quantized.scales().copy()?)?;
+            Int8Linear::new(matrix, None, Some(OUTLIER_THRESHOLD))
+        });
+        let f16 = (0..copies(2 * inputs * outputs)).map(|_| FloatLinear::new(weight.copy()?, None));
+        Ok(Self { device: device.clone(), inputs, int8: int8.collect::<Result<_>>()?, f16: f16.collect::<Result<_>>()? })
     }
-    let x = x.to_dtype(DType::F16)?.to_device(device)?;
-    let copies = |bytes: usize| BYTES_IN_TURN.div_ceil(bytes).clamp(2, 64);
-    let quantized = Int8Matrix::quantize(&weight)?;
-    let int8 = (0..copies(inputs * outputs)).map(|_| {
-        let matrix = Int8Matrix::new(quantized.codes()?.copy()?, quantized.scales().copy()?)?;
-        Int8Linear::new(matrix, None, Some(OUTLIER_THRESHOLD))
-    });
-    let int8 = int8.collect::<Result<Vec<_>>>()?;
-    let f16 = (0..copies(2 * inputs * outputs)).map(|_| FloatLinear::new(weight.copy()?, None));
-    let f16 = f16.collect::<Result<Vec<_>>>()?;
-    let (mut int8_seconds, mut f16_seconds) = (Vec::new(), Vec::new());
-    for _ in 0..REPETITIONS {
-        int8_seconds
-            .push(seconds_each(device, int8.len().max(20), |turn| int8[turn % int8.len()].forward(&x).map(drop))?);
-        f16_seconds.push(seconds_each(device, f16.len().max(20), |turn| f16[turn % f16.len()].forward(&x).map(drop))?);
+
+    /// Seconds of the layer at int8 and in f16, measured in turns.
+    fn seconds(&self, tokens: usize) -> Result<(f64, f64)> {
+        let Self { device, inputs, int8, f16 } = self;
+        let mut x = Tensor::randn(0f32, 1.0, (1, tokens, *inputs), device)?.clamp(-5.0, 5.0)?;
+        for column in (COLUMNS_PER_OUTLIER / 2..*inputs).step_by(COLUMNS_PER_OUTLIER) {
+            x = x.slice_assign(&[0..1, 0..1, column..column + 1], &Tensor::full(20f32, (1, 1, 1), device)?)?;
+        }
+        let x = x.to_dtype(DType::F16)?;
+        let (mut int8_seconds, mut f16_seconds) = (Vec::new(), Vec::new());
+        for _ in 0..REPETITIONS {
+            int8_seconds
+                .push(seconds_each(device, int8.len().max(20), |turn| int8[turn % int8.len()].forward(&x).map(drop))?);
+            f16_seconds
+                .push(seconds_each(device, f16.len().max(20), |turn| f16[turn % f16.len()].forward(&x).map(drop))?);
+        }
+        Ok((median(int8_seconds), median(f16_seconds)))
     }
-    Ok((median(int8_seconds), median(f16_seconds)))
 }
 
 /// Seconds of one of `count` launches that follow one another.
