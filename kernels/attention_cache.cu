@@ -48,6 +48,7 @@ __device__ void attention_write(const T* keys, const T* values, C* key_cache, C*
     extern "C" __global__ void __launch_bounds__(WRITE_THREADS) attention_write_##suffix##_##cache_suffix(            \
         const T* keys, const T* values, C* key_cache, C* value_cache, int heads, int tokens, int head_dim,            \
         int capacity, int past, long long batch_stride, long long head_stride, long long token_stride) {              \
+        wait_for_earlier_kernels();                                                                                   \
         attention_write(keys, values, key_cache, value_cache, heads, tokens, head_dim, capacity, past, batch_stride,  \
                         head_stride, token_stride);                                                                   \
     }

@@ -214,6 +214,7 @@ constexpr int prompt_blocks(int width) { return width > 80 ? 2 : width > 32 ? 3 
             const T* queries, const __half* keys, const __half* values, const float* slopes, T* out, int heads,       \
             int tokens, int head_dim, int capacity, int past, float scale, long long batch_stride,                    \
             long long head_stride, long long token_stride) {                                                          \
+        wait_for_earlier_kernels();                                                                                   \
         attention_prompt<width>(queries, keys, values, slopes, out, heads, tokens, head_dim, capacity, past, scale,   \
                                 batch_stride, head_stride, token_stride);                                             \
     }

@@ -297,6 +297,7 @@ __device__ void attention_combine(const float* workspace, T* out, int head_dim, 
         const T* queries, const C* keys, const C* values, const float* slopes, T* out, float* workspace, int heads,   \
         int tokens, int head_dim, int capacity, int past, float scale, long long batch_stride, long long head_stride, \
         long long token_stride) {                                                                                     \
+        wait_for_earlier_kernels();                                                                                   \
         attention_step(queries, keys, values, slopes, out, workspace, heads, tokens, head_dim, capacity, past, scale, \
                        batch_stride, head_stride, token_stride);                                                      \
     }
@@ -305,6 +306,7 @@ FOR_EACH_FLOAT_AND_CACHE(ATTENTION_STEP)
 #define ATTENTION_COMBINE(suffix, T)                                                                                  \
     extern "C" __global__ void __launch_bounds__(STEP_THREADS)                                                        \
         attention_combine_##suffix(const float* workspace, T* out, int head_dim, int splits) {                        \
+        wait_for_earlier_kernels();                                                                                   \
         attention_combine(workspace, out, head_dim, splits);                                                          \
     }
 FOR_EACH_FLOAT(ATTENTION_COMBINE)

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 # The same lists are in crates/int8-ops/build.rs.
-chips=(75 80 86 89 90)
+chips=(75 80 86 89 90a)
 virtual_chips=(75 80 90)
 hot='^(int8_matmul|float_matmul|attention|quantize|layer_norm)'
 

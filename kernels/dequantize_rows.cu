@@ -36,6 +36,7 @@ __device__ void dequantize_rows(const int8_t* codes, const float* scales, const 
 #define DEQUANTIZE_ROWS(suffix, T)                                                                                    \
     extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
         dequantize_rows_##suffix(const int8_t* codes, const float* scales, const unsigned* ids, T* out, int width) {  \
+        wait_for_earlier_kernels();                                                                                   \
         dequantize_rows(codes, scales, ids, out, width);                                                              \
     }
 FOR_EACH_FLOAT(DEQUANTIZE_ROWS)

@@ -110,14 +110,20 @@ __device__ __forceinline__ T block_max(T value) {
 
 // What turns a sum into an output.
 
+__device__ __forceinline__ float exp2_approximate(float x);
+
 /// What follows a linear layer; the numbers are those of `Activation` in int8-ops.
 enum : int { NO_ACTIVATION = 0, RELU = 1, GELU = 2, GELU_ERF = 3 };
+
+/// What GELU divides x by: (1 + tanh(u)) / 2 is 1 / (1 + e^-2u).
+__device__ __forceinline__ float gelu_divisor(float x) {
+    return 1.f + exp2_approximate(-2.302208198f * x * (1.f + 0.044715f * x * x));
+}
 
 __device__ __forceinline__ float activated(float x, int activation) {
     // NaN stays NaN.
     if (activation == RELU) return x < 0.f ? 0.f : x;
-    // (1 + tanh(u)) / 2 is 1 / (1 + e^-2u).
-    if (activation == GELU) return x / (1.f + expf(-2.f * 0.7978845608f * x * (1.f + 0.044715f * x * x)));
+    if (activation == GELU) return x / gelu_divisor(x);
     if (activation == GELU_ERF) return 0.5f * x * erfcf(-x * 0.70710678118f);
     return x;
 }
@@ -140,6 +146,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 /// The same, each matrix transposed.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row);
 
+/// An address of shared memory, as its instructions have it.
+__device__ __forceinline__ uint32_t shared_address(const void* shared);
+
 /// Copies 16 bytes to shared memory, or clears them; both sides aligned. Done when waited for.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool is_there);
 
@@ -157,18 +166,19 @@ __device__ __forceinline__ int4 load_streaming(const void* global);
 /// Two floats to f16, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_halves(float low, float high);
 
+/// 1 / x to one unit in the last place; 0 for numbers whose inverse is below 2^-126.
+__device__ __forceinline__ float inverse_approximate(float x);
+
 /// 2^x to 2 units in the last place; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approximate(float x);
 
 /// Asks for the 32 bytes at an address to be brought to the second cache; nothing waits for them.
 __device__ __forceinline__ void prefetch(const void* global);
 
-/// Waits until what earlier kernels wrote is there: a kernel that was launched with programmatic stream
-/// serialization may start before they end. For others it does nothing.
+/// Waits until what earlier kernels wrote is there, and lets the next kernel start as soon as there is room for it. Every
+/// kernel calls it before it touches what others write: all are launched so that they may start before earlier ones end
+/// (programmatic dependent launch, from Hopper on).
 __device__ __forceinline__ void wait_for_earlier_kernels();
-
-/// Lets the next kernel start where it was launched so: its blocks come as soon as there is room for them.
-__device__ __forceinline__ void let_next_kernel_start();
 
 #ifdef LLM8_ON_HOST
 
@@ -239,6 +249,9 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     }
 }
 
+inline uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared));
+}
 inline void load_matrices(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, true); }
 
@@ -288,11 +301,12 @@ inline uint32_t pack_halves(float low, float high) {
     return bits;
 }
 
+inline float inverse_approximate(float x) { return 1.f / x; }
+
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
 inline void prefetch(const void*) {}
 inline void wait_for_earlier_kernels() {}
-inline void let_next_kernel_start() {}
 
 #else
 
@@ -380,6 +394,12 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+__device__ __forceinline__ float inverse_approximate(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+}
+
 __device__ __forceinline__ float exp2_approximate(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -390,13 +410,7 @@ __device__ __forceinline__ void prefetch(const void* global) { asm volatile("pre
 
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

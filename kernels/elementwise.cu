@@ -47,6 +47,7 @@ __device__ void finish(T* x, const void* bias, int bias_dtype, int width, int ac
     extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
         finish_##suffix(T* x, const void* bias, int bias_dtype, int width, int activation, const T* residual,         \
                         long long count) {                                                                            \
+        wait_for_earlier_kernels();                                                                                   \
         finish(x, bias, bias_dtype, width, activation, residual, count);                                              \
     }
 FOR_EACH_FLOAT(FINISH)

@@ -427,7 +427,6 @@ __device__ __forceinline__ void begin(const Layer<T>& layer) {
         if (at < bytes) prefetch(codes + at);
     }
     wait_for_earlier_kernels();
-    let_next_kernel_start();
 }
 
 /// The block's rows, ROWS at a time a warp, for TOKENS tokens from `first_token` on, of which some may not be

@@ -27,45 +27,9 @@
 // outlier columns cost a tile half a stage for the exact part, and each of them 160 instructions of a warp (290 with
 // f32) for the part in float: at 4096 columns, ten of them some 6 % of a tile's time. None of this is measured.
 
-#include "device_prims.cuh"
+#include "int8_tile.cuh"
 
 namespace many {
-
-/// Outlier columns that are in shared memory at a time: as many as one `mma_s8` takes.
-constexpr int OUTLIERS = 32;
-/// Tiles of tokens that share a row of blocks: those that run at a time should ask for few different codes, and
-/// the weight has the most.
-constexpr int GROUP = 16;
-/// Bytes for the columns of the outliers in shared memory, behind the stages.
-constexpr int LIST_BYTES = 256;
-
-/// What a block makes, and how.
-template <int TILE_TOKENS, int TILE_ROWS, int STAGE_COLS, int STAGE_COUNT, int TOKENS_OF_WARP, int ROWS_OF_WARP,
-          int MIN_BLOCKS>
-struct Tiling {
-    static constexpr int TOKENS = TILE_TOKENS, ROWS = TILE_ROWS;
-    /// Columns of a stage.
-    static constexpr int COLS = STAGE_COLS;
-    static constexpr int STAGES = STAGE_COUNT;
-    static constexpr int WARP_TOKENS = TOKENS_OF_WARP, WARP_ROWS = ROWS_OF_WARP;
-    static constexpr int WARPS = TOKENS / WARP_TOKENS * (ROWS / WARP_ROWS), THREADS = 32 * WARPS;
-    /// Blocks of a multiprocessor.
-    static constexpr int BLOCKS = MIN_BLOCKS;
-    static constexpr int STAGE_BYTES = (TOKENS + ROWS) * COLS;
-    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + LIST_BYTES;
-    /// A warp finishes its outputs (32 tokens, 32 rows) at a time.
-    static constexpr int ROW_SLICES = WARP_ROWS / 32, SLICES = WARP_TOKENS / 32 * ROW_SLICES;
-    static_assert(TOKENS <= THREADS && ROWS <= THREADS, "a thread loads one scale of each");
-    static_assert((TOKENS + 2 * ROWS) * 4 + (TOKENS + ROWS) * OUTLIERS * 5 <= STAGES * STAGE_BYTES, "the stages' room");
-    static_assert((OUTLIERS + WARPS) * 4 <= LIST_BYTES, "the list's room");
-};
-
-using Large = Tiling<128, 256, 64, 4, 64, 64, 1>;
-using Medium = Tiling<128, 128, 64, 3, 64, 64, 2>;
-using Small = Tiling<64, 64, 128, 3, 32, 32, 3>;
-static_assert(Large::THREADS == 256 && Large::SHARED_BYTES == 98560, "as stated above");
-static_assert(Medium::THREADS == 128 && Medium::SHARED_BYTES == 49408, "as stated above");
-static_assert(Small::THREADS == 128 && Small::SHARED_BYTES == 49408, "as stated above");
 
 /// Where 16 codes of a row lie in a tile of so many columns. `order` numbers the rows that `load_matrices`
 /// takes together, of which no two may lie in the same banks.
@@ -86,6 +50,50 @@ template <int COLS>
 __device__ __forceinline__ int row_place(int row, int part) {
     return place<COLS>(row, row % 2 + row / 8 % 4 * 2, part);
 }
+
+/// What a block makes, and how.
+template <int TILE_TOKENS, int TILE_ROWS, int STAGE_COLS, int STAGE_COUNT, int TOKENS_OF_WARP, int ROWS_OF_WARP,
+          int MIN_BLOCKS>
+struct Tiling {
+    static constexpr int TOKENS = TILE_TOKENS, ROWS = TILE_ROWS;
+    /// Columns of a stage.
+    static constexpr int COLS = STAGE_COLS;
+    static constexpr int STAGES = STAGE_COUNT;
+    static constexpr int WARP_TOKENS = TOKENS_OF_WARP, WARP_ROWS = ROWS_OF_WARP;
+    static constexpr int WARPS = TOKENS / WARP_TOKENS * (ROWS / WARP_ROWS), THREADS = 32 * WARPS;
+    /// Blocks of a multiprocessor.
+    static constexpr int BLOCKS = MIN_BLOCKS;
+    static constexpr int STAGE_BYTES = (TOKENS + ROWS) * COLS;
+    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + tile::LIST_BYTES;
+    /// A warp finishes its outputs (32 tokens, 32 rows) at a time.
+    static constexpr int ROW_SLICES = WARP_ROWS / 32, SLICES = WARP_TOKENS / 32 * ROW_SLICES;
+    static_assert((tile::OUTLIERS + WARPS) * 4 <= tile::LIST_BYTES, "the list's room");
+
+    /// Codes of outlier columns: (tokens, OUTLIERS) and (rows, OUTLIERS).
+    static constexpr int CODES_BYTES = (TOKENS + ROWS) * tile::OUTLIERS;
+
+    __device__ __forceinline__ static int token_code(int token, int index) {
+        return token_place<tile::OUTLIERS>(token, index / 16) + index % 16;
+    }
+    __device__ __forceinline__ static int row_code(int row, int index) {
+        return TOKENS * tile::OUTLIERS + row_place<tile::OUTLIERS>(row, index / 16) + index % 16;
+    }
+    /// A warp's values in the order in which lanes have them.
+    __device__ __forceinline__ static int value(int token) {
+        constexpr int SPAN = WARP_TOKENS;
+        return token / SPAN * SPAN + token % 8 * (SPAN / 8) + token % SPAN / 8;
+    }
+};
+
+using Large = Tiling<128, 256, 64, 4, 64, 64, 1>;
+using Medium = Tiling<128, 128, 64, 3, 64, 64, 2>;
+using Small = Tiling<64, 64, 128, 3, 32, 32, 3>;
+static_assert(Large::THREADS == 256 && Large::SHARED_BYTES == 98560, "as stated above");
+static_assert(Medium::THREADS == 128 && Medium::SHARED_BYTES == 49408, "as stated above");
+static_assert(Small::THREADS == 128 && Small::SHARED_BYTES == 49408, "as stated above");
+static_assert(tile::Epilogue<Large>::BYTES <= Large::STAGES * Large::STAGE_BYTES, "the stages' room");
+static_assert(tile::Epilogue<Medium>::BYTES <= Medium::STAGES * Medium::STAGE_BYTES, "the stages' room");
+static_assert(tile::Epilogue<Small>::BYTES <= Small::STAGES * Small::STAGE_BYTES, "the stages' room");
 
 /// What a warp's products take of 32 columns.
 template <class Tile>
@@ -186,158 +194,25 @@ struct Copier {
     }
 };
 
-/// The columns that are outliers in any of a tile's sequences: how many there are, and, in `list`, up to OUTLIERS
-/// of them from number `first` on, ascending. The list is complete after the block's next barrier.
-template <class Tile>
-__device__ int collect_outliers(int* list, const unsigned* bits, int sequences, int words, int first) {
-    int* totals = list + OUTLIERS;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int count = 0;
-    for (int start = 0; start < words; start += Tile::THREADS) {
-        const int index = start + threadIdx.x;
-        unsigned word = 0;
-        if (index < words) {
-            const unsigned* words_here = bits + index;
-            for (int sequence = 0; sequence < sequences; ++sequence, words_here += words) word |= *words_here;
-        }
-        // The sum of this lane and those before it.
-        int sum = __popc(word);
-        for (int step = 1; step < 32; step *= 2) {
-            const int before = __shfl_sync(ALL_LANES, sum, (lane - step) & 31);
-            sum += lane < step ? 0 : before;
-        }
-        if (lane == 31) totals[warp] = sum;
-        __syncthreads();
-        int number = count + sum - __popc(word) - first;
-        for (int other = 0; other < Tile::WARPS; ++other) {
-            const int total = totals[other];
-            number += other < warp ? total : 0;
-            count += total;
-        }
-        __syncthreads();
-        for (; word != 0; word &= word - 1, ++number) {
-            if (number >= 0 && number < OUTLIERS) list[number] = 32 * index + __ffs(word) - 1;
-        }
-    }
-    return count;
-}
-
-/// Eight outputs that follow each other.
-template <class T>
-struct alignas(16) Eight {
-    T values[8];
-};
-
-/// What a tile's outputs take besides the sums, in shared memory where the stages were.
-template <class Tile>
-struct Epilogue {
-    float* weight_scales;  // (rows)
-    float* biases;         // (rows)
-    float* x_scales;       // (tokens)
-    unsigned char* codes;  // (tokens, OUTLIERS) and (rows, OUTLIERS): negated codes, and those of the weight.
-    float* values;         // (OUTLIERS, tokens), a warp's in the order in which lanes have them.
-    float* weights;        // (OUTLIERS, rows)
-
-    __device__ __forceinline__ explicit Epilogue(unsigned char* shared) {
-        weight_scales = reinterpret_cast<float*>(shared);
-        biases = weight_scales + Tile::ROWS;
-        x_scales = biases + Tile::ROWS;
-        values = x_scales + Tile::TOKENS;
-        weights = values + OUTLIERS * Tile::TOKENS;
-        codes = reinterpret_cast<unsigned char*>(weights + OUTLIERS * Tile::ROWS);
-    }
-
-    /// Loads what belongs to outlier columns of the tile that begins at a token and a row. Zeros stand where a
-    /// column is not an outlier of the token's sequence: they change no sum.
-    template <int AT_ONCE, class T>
-    __device__ __forceinline__ void load_outliers(const int* list, int count, const unsigned* bits, const T* x,
-                                                  const int8_t* x_codes, const int8_t* weight, int first_token,
-                                                  int first_row, int tokens, int rows, int cols,
-                                                  int tokens_per_sequence) {
-        // Where there are fewer columns the tokens have zeros; whatever the weight has there is multiplied by them.
-        for (int i = threadIdx.x; i < Tile::TOKENS * OUTLIERS / 16; i += Tile::THREADS) {
-            reinterpret_cast<int4*>(codes)[i] = {0, 0, 0, 0};
-        }
-        __syncthreads();
-        const int words = (cols + 31) / 32;
-#pragma unroll AT_ONCE
-        for (int i = threadIdx.x; i < count * Tile::TOKENS; i += Tile::THREADS) {
-            const int index = i / Tile::TOKENS, token = i % Tile::TOKENS, col = list[index];
-            float value = 0.f;
-            int code = 0;
-            if (first_token + token < tokens) {
-                const size_t sequence = (first_token + token) / tokens_per_sequence;
-                const size_t at = static_cast<size_t>(first_token + token) * cols + col;
-                const bool is_outlier = bits[sequence * words + col / 32] >> col % 32 & 1;
-                value = is_outlier ? to_float(x[at]) : 0.f;
-                code = is_outlier ? x_codes[at] : 0;
-            }
-            codes[token_place<OUTLIERS>(token, index / 16) + index % 16] = static_cast<unsigned char>(-code);
-            constexpr int SPAN = Tile::WARP_TOKENS;
-            values[index * Tile::TOKENS + token / SPAN * SPAN + token % 8 * (SPAN / 8) + token % SPAN / 8] = value;
-        }
-#pragma unroll AT_ONCE
-        for (int i = threadIdx.x; i < count * Tile::ROWS; i += Tile::THREADS) {
-            const int index = i / Tile::ROWS, row = i % Tile::ROWS, col = list[index];
-            const int8_t code = first_row + row < rows ? weight[static_cast<size_t>(first_row + row) * cols + col] : 0;
-            unsigned char* weight_codes = codes + Tile::TOKENS * OUTLIERS;
-            weight_codes[row_place<OUTLIERS>(row, index / 16) + index % 16] = static_cast<unsigned char>(code);
-            weights[index * Tile::ROWS + row] = code;
-        }
-        __syncthreads();
-    }
-};
-
-/// x * w + sum with two roundings, as on the CPU. A 16-bit value times a code is exact in f32.
-__device__ __forceinline__ float add_product(float sum, float x, float w, float) {
-    return __fadd_rn(sum, __fmul_rn(x, w));
-}
-template <class T>
-__device__ __forceinline__ float add_product(float sum, float x, float w, T) {
-    return fmaf(x, w, sum);
-}
-
-/// `activated` of all, with one question for what it is.
-__device__ __forceinline__ void activate(float (&values)[4][8], int activation) {
-    if (activation == RELU) {
-        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], RELU);
-    } else if (activation == GELU) {
-        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], GELU);
-    } else if (activation == GELU_ERF) {
-        UNROLL for (int i = 0; i < 32; ++i) values[i / 8][i % 8] = activated(values[i / 8][i % 8], GELU_ERF);
-    }
-}
-
-/// out (tokens, rows, out_width apart) from codes (tokens, cols), their scales (tokens), outlier bits
-/// (sequences, words) or null, x (tokens, cols), weight (rows, cols), its scales (rows), a bias (rows) or null,
-/// and a residual that lies as `out` does, or null.
 template <class Tile, class T>
-__device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits,
-                                            const T* x, const int8_t* weight, const float* weight_scales,
-                                            const void* bias, int bias_dtype, const T* residual, T* out, int tokens,
-                                            int rows, int cols, int out_width, int tokens_per_sequence,
-                                            int activation) {
+__device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
+    using tile::OUTLIERS;
     DYNAMIC_SHARED(shared);
     int* list = reinterpret_cast<int*>(shared + Tile::STAGES * Tile::STAGE_BYTES);
 
-    // Blocks in order go down the tokens of a group, then on to the next rows.
-    const int token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS;
-    const int row_tiles = (rows + Tile::ROWS - 1) / Tile::ROWS;
-    const int group = blockIdx.x / (GROUP * row_tiles), in_group = blockIdx.x % (GROUP * row_tiles);
-    const int height = min(token_tiles - group * GROUP, GROUP);
-    const int first_token = (group * GROUP + in_group % height) * Tile::TOKENS;
-    const int first_row = in_group / height * Tile::ROWS;
-
+    const int tokens = product.tokens, rows = product.rows, cols = product.cols;
+    const tile::Corner corner = tile::corner<Tile>(tokens, rows);
     const int warp = threadIdx.x / WARP;
     const int warp_token = warp / (Tile::ROWS / Tile::WARP_ROWS) * Tile::WARP_TOKENS;
     const int warp_row = warp % (Tile::ROWS / Tile::WARP_ROWS) * Tile::WARP_ROWS;
 
-    Copier<Tile, Tile::TOKENS, false> token_copier(codes, first_token, tokens, cols);
-    Copier<Tile, Tile::ROWS, true> row_copier(weight, first_row, rows, cols);
+    Copier<Tile, Tile::TOKENS, false> token_copier(product.codes, corner.token, tokens, cols);
+    Copier<Tile, Tile::ROWS, true> row_copier(product.weight, corner.row, rows, cols);
     // From this thread's first column of the next stage on.
     int cols_left = cols - static_cast<int>(threadIdx.x) % (Tile::COLS / 16) * 16;
     unsigned char* next_stage = shared;
-    const bool are_pieces = (cols | reinterpret_cast<uintptr_t>(codes) | reinterpret_cast<uintptr_t>(weight)) % 16 == 0;
+    const bool are_pieces =
+        (cols | reinterpret_cast<uintptr_t>(product.codes) | reinterpret_cast<uintptr_t>(product.weight)) % 16 == 0;
     const auto copy_next = [&] {
         if (are_pieces) {
             token_copier.copy(next_stage, cols_left, cols);
@@ -356,16 +231,9 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
     UNROLL for (int i = 0; i < Tile::STAGES - 1; ++i) copy_next();
 
     // What the outputs will take is asked for while the first copies are under way.
-    const int own = threadIdx.x;
-    const bool has_row = own < Tile::ROWS && first_row + own < rows;
-    const bool has_token = own < Tile::TOKENS && first_token + own < tokens;
-    const float weight_scale = has_row ? weight_scales[first_row + own] : 0.f;
-    const float bias_value = has_row && bias ? vector_value(bias, bias_dtype, first_row + own) : 0.f;
-    const float x_scale = has_token ? x_scales[first_token + own] : 0.f;
-    const int words = (cols + 31) / 32, first_sequence = first_token / tokens_per_sequence;
-    const int sequences = (min(first_token + Tile::TOKENS, tokens) - 1) / tokens_per_sequence - first_sequence + 1;
-    const unsigned* tile_bits = outlier_bits + static_cast<size_t>(first_sequence) * words;
-    const int outliers = outlier_bits ? collect_outliers<Tile>(list, tile_bits, sequences, words, 0) : 0;
+    const tile::Own own = tile::Own::load(product, corner, Tile::ROWS, Tile::TOKENS);
+    const auto bits = tile::OutlierBits::of<Tile>(product, corner.token);
+    const int outliers = product.outlier_bits ? tile::collect_outliers<Tile>(list, bits, 0) : 0;
 
     Sums<Tile> sums = {};
     {
@@ -397,22 +265,16 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
         __syncthreads();
     }
 
-    Epilogue<Tile> epilogue(shared);
-    if (own < Tile::ROWS) {
-        epilogue.weight_scales[own] = weight_scale;
-        epilogue.biases[own] = bias_value;
-    }
-    if (own < Tile::TOKENS) epilogue.x_scales[own] = x_scale;
+    const tile::Epilogue<Tile> epilogue(shared);
+    own.store(epilogue);
     // The codes that small values have in outlier columns go out of the sums again.
 #pragma unroll 1
     for (int first = 0; first < outliers; first += OUTLIERS) {
         if (first > 0) {
             __syncthreads();
-            collect_outliers<Tile>(list, tile_bits, sequences, words, first);
+            tile::collect_outliers<Tile>(list, bits, first);
         }
-        const int count = min(outliers - first, OUTLIERS);
-        epilogue.template load_outliers<4>(list, count, outlier_bits, x, codes, weight, first_token, first_row, tokens,
-                                           rows, cols, tokens_per_sequence);
+        epilogue.template load_outliers<4, true>(product, list, min(outliers - first, OUTLIERS), corner);
         Fragments<Tile> fragments;
         const Reader<Tile, OUTLIERS> reader(warp_token, warp_row);
         reader.read(fragments, epilogue.codes, 0);
@@ -421,8 +283,6 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
     if (outliers == 0) __syncthreads();
 
     const int group_of_lane = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
-    const bool is_aligned = out_width * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
-                            reinterpret_cast<uintptr_t>(residual) % 16 == 0;
 #pragma unroll 1
     for (int slice = 0; slice < Tile::SLICES; ++slice) {
         // Of the tile: the first of the lane's 4 tokens, 8 apart, and of its 8 rows.
@@ -436,60 +296,16 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
             // Else they are there.
             if (outliers > OUTLIERS) {
                 __syncthreads();
-                collect_outliers<Tile>(list, tile_bits, sequences, words, first);
-                epilogue.template load_outliers<1>(list, count, outlier_bits, x, codes, weight, first_token, first_row,
-                                                   tokens, rows, cols, tokens_per_sequence);
+                tile::collect_outliers<Tile>(list, bits, first);
+                epilogue.template load_outliers<1, false>(product, list, count, corner);
             }
-            const float* lane_values =
-                epilogue.values + warp_token + group_of_lane * (Tile::WARP_TOKENS / 8) + 4 * token_part;
-            const float* lane_weights = epilogue.weights + row;
-            for (int index = 0; index < count; ++index) {
-                float four[4], eight[8];
-                UNROLL for (int i = 0; i < 4; ++i) four[i] = lane_values[index * Tile::TOKENS + i];
-                UNROLL for (int i = 0; i < 8; ++i) eight[i] = lane_weights[index * Tile::ROWS + i];
-                UNROLL for (int i = 0; i < 32; ++i) {
-                    values[i / 8][i % 8] = add_product(values[i / 8][i % 8], four[i / 8], eight[i % 8], T{});
-                }
-            }
+            tile::add_outliers<1, Tile, T>(values, epilogue.values + Tile::value(token), epilogue.weights + row, count);
         }
-        UNROLL for (int i = 0; i < 4; ++i) {
-            const float scale = epilogue.x_scales[token + 8 * i];
-            UNROLL for (int j = 0; j < 8; ++j) {
-                const float sum = static_cast<float>(sums[0][i / 2][j / 2][i % 2 * 2 + j % 2]);
-                const float scaled = __fadd_rn(__fmul_rn(sum, scale), values[i][j]);
-                values[i][j] = __fmul_rn(epilogue.weight_scales[row + j], scaled);
-            }
-        }
-        if (bias) {
-            UNROLL for (int i = 0; i < 32; ++i) {
-                values[i / 8][i % 8] = __fadd_rn(values[i / 8][i % 8], epilogue.biases[row + i % 8]);
-            }
-        }
-        activate(values, activation);
-        const int valid_rows = rows - first_row - row;
-        UNROLL for (int i = 0; i < 4; ++i) {
-            if (first_token + token + 8 * i < tokens) {
-                const size_t at = static_cast<size_t>(first_token + token + 8 * i) * out_width + first_row + row;
-                if (is_aligned && valid_rows >= 8) {
-                    if (residual) {
-                        const Eight<T> others = *reinterpret_cast<const Eight<T>*>(residual + at);
-                        UNROLL for (int j = 0; j < 8; ++j) {
-                            values[i][j] = __fadd_rn(values[i][j], to_float(others.values[j]));
-                        }
-                    }
-                    Eight<T> rounded;
-                    UNROLL for (int j = 0; j < 8; ++j) rounded.values[j] = from_float<T>(values[i][j]);
-                    *reinterpret_cast<Eight<T>*>(out + at) = rounded;
-                } else {
-                    UNROLL for (int j = 0; j < 8; ++j) {
-                        if (j < valid_rows) {
-                            const float other = residual ? to_float(residual[at + j]) : 0.f;
-                            out[at + j] = from_float<T>(residual ? __fadd_rn(values[i][j], other) : values[i][j]);
-                        }
-                    }
-                }
-            }
-        }
+        tile::write_outputs<8>(product, epilogue, corner, token, row, values, [&](int i) {
+            tile::Eight<int> whole;
+            UNROLL for (int j = 0; j < 8; ++j) whole.values[j] = sums[0][i / 2][j / 2][i % 2 * 2 + j % 2];
+            return whole;
+        });
         // The next slice moves up: registers have no index.
         UNROLL for (int next = 1; next < Tile::SLICES; ++next) {
             UNROLL for (int i = 0; i < 32; ++i) {
@@ -506,8 +322,10 @@ __device__ __forceinline__ void int8_matmul(const int8_t* codes, const float* x_
         name(const int8_t* codes, const float* x_scales, const unsigned* outlier_bits, const T* x,                    \
              const int8_t* weight, const float* weight_scales, const void* bias, int bias_dtype, const T* residual,   \
              T* out, int tokens, int rows, int cols, int out_width, int tokens_per_sequence, int activation) {        \
-        many::int8_matmul<many::Tile>(codes, x_scales, outlier_bits, x, weight, weight_scales, bias, bias_dtype,      \
-                                      residual, out, tokens, rows, cols, out_width, tokens_per_sequence, activation); \
+        wait_for_earlier_kernels();                                                                                   \
+        many::int8_matmul<many::Tile, T>({codes, x_scales, outlier_bits, x, weight, weight_scales, bias, bias_dtype,  \
+                                          residual, out, tokens, rows, cols, out_width, tokens_per_sequence,          \
+                                          activation});                                                               \
     }
 #define INT8_MATMUL_MANY_TILES(suffix, T)                         \
     INT8_MATMUL_MANY(int8_matmul_many_##suffix, Large, T)         \

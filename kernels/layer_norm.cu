@@ -92,12 +92,14 @@ __device__ void layer_norm_quantize(const T* x, const NormVectors& vectors, floa
     extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
         layer_norm_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias, int bias_dtype,       \
                             float eps, T* out, int width) {                                                           \
+        wait_for_earlier_kernels();                                                                                   \
         layer_norm(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, out, width);                          \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(ROW_THREADS, 4)                                                      \
         layer_norm_quantize_##suffix(const T* x, const void* weight, int weight_dtype, const void* bias,              \
                                      int bias_dtype, float eps, T* normed, int8_t* codes, float* scales,              \
                                      unsigned* outlier_bits, int cols, int tokens_per_sequence, float threshold) {    \
+        wait_for_earlier_kernels();                                                                                   \
         layer_norm_quantize(x, NormVectors{weight, bias, weight_dtype, bias_dtype}, eps, normed, codes, scales,       \
                             outlier_bits, cols, tokens_per_sequence, threshold);                                      \
     }

@@ -26,6 +26,7 @@ __device__ void quantize_activations(const T* x, int8_t* codes, float* scales, u
     extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
         quantize_activations_##suffix(const T* x, int8_t* codes, float* scales, unsigned* outlier_bits, int cols,     \
                                       int tokens_per_sequence, float threshold) {                                     \
+        wait_for_earlier_kernels();                                                                                   \
         quantize_activations(x, codes, scales, outlier_bits, cols, tokens_per_sequence, threshold);                   \
     }
 FOR_EACH_FLOAT(QUANTIZE_ACTIVATIONS)

@@ -25,6 +25,7 @@ __device__ void quantize_rows(const T* weight, int8_t* codes, float* scales, int
 #define QUANTIZE_ROWS(suffix, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                         \
         quantize_rows_##suffix(const T* weight, int8_t* codes, float* scales, int* bad_row, int cols) {               \
+        wait_for_earlier_kernels();                                                                                   \
         quantize_rows(weight, codes, scales, bad_row, cols);                                                          \
     }
 FOR_EACH_FLOAT(QUANTIZE_ROWS)

@@ -15,7 +15,7 @@ mod cuda {
     use std::thread;
 
     /// What chips have machine code in the fatbin; the same list is in `kernels/build.sh`.
-    const CHIPS: &[&str] = &["75", "80", "86", "89", "90"];
+    const CHIPS: &[&str] = &["75", "80", "86", "89", "90a"];
     /// What later chips make their own from, at the first start.
     const VIRTUAL_CHIPS: &[&str] = &["75", "80", "90"];
 

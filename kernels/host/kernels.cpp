@@ -8,7 +8,9 @@
 #include "../dequantize_rows.cu"
 #include "../elementwise.cu"
 #include "../int8_matmul_few.cu"
+#include "../int8_matmul_hopper.cu"
 #include "../int8_matmul_many.cu"
+#include "../int8_matmul_one.cu"
 #include "../layer_norm.cu"
 #include "../quantize.cu"
 #include "../quantize_weight.cu"
@@ -50,9 +52,13 @@ const std::unordered_map<std::string, std::pair<size_t, Call>> KERNELS = {
     ENTRIES(int8_matmul_few)
     ENTRIES(int8_matmul_few_codes)
     ENTRIES(int8_matmul_few_normed)
+    ENTRIES(int8_matmul_hopper)
+    ENTRIES(int8_matmul_hopper_small)
     ENTRIES(int8_matmul_many)
     ENTRIES(int8_matmul_many_medium)
     ENTRIES(int8_matmul_many_small)
+    ENTRIES(int8_matmul_one)
+    ENTRIES(int8_matmul_one_normed)
     ENTRIES(quantize_activations)
     ENTRIES(quantize_rows)
 };

@@ -90,6 +90,12 @@ inline unsigned atomicOr(unsigned* place, unsigned bits) {
     return old;
 }
 template <class T>
+T atomicAdd(T* place, T value) {
+    const T old = *place;
+    *place += value;
+    return old;
+}
+template <class T>
 T atomicMin(T* place, T value) {
     const T old = *place;
     *place = std::min(old, value);

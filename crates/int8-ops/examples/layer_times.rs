@@ -91,7 +91,12 @@ impl Layers {
             Int8Linear::new(matrix, None, Some(OUTLIER_THRESHOLD))
         });
         let f16 = (0..copies(2 * inputs * outputs)).map(|_| FloatLinear::new(weight.copy()?, None));
-        Ok(Self { device: device.clone(), inputs, int8: int8.collect::<Result<_>>()?, f16: f16.collect::<Result<_>>()? })
+        Ok(Self {
+            device: device.clone(),
+            inputs,
+            int8: int8.collect::<Result<_>>()?,
+            f16: f16.collect::<Result<_>>()?,
+        })
     }
 
     /// Seconds of the layer at int8 and in f16, measured in turns.

@@ -12,11 +12,11 @@ mod matmul;
 mod matrix;
 
 use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, sys,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DevicePtr, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{DType, Result, Storage, Tensor, bail};
@@ -96,6 +96,14 @@ fn multiprocessors(stream: &CudaStream) -> Result<usize> {
     Ok(stream.context().attribute(attribute).w()?.max(1) as usize)
 }
 
+/// The chip's, (9, 0) for Hopper.
+fn compute_capability(stream: &CudaStream) -> Result<(i32, i32)> {
+    use sys::CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    Ok((stream.context().attribute(MAJOR).w()?, stream.context().attribute(MINOR).w()?))
+}
+
 /// The dynamic shared memory that a block may be allowed.
 fn shared_bytes_of_block(stream: &CudaStream) -> Result<usize> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
@@ -108,6 +116,18 @@ enum Arg {
     Int(i32),
     Long(i64),
     Float(f32),
+}
+
+impl Arg {
+    /// Where its value lies.
+    fn address(&self) -> *mut c_void {
+        match self {
+            Self::Pointer(value) => (&raw const *value).cast_mut().cast(),
+            Self::Int(value) => (&raw const *value).cast_mut().cast(),
+            Self::Long(value) => (&raw const *value).cast_mut().cast(),
+            Self::Float(value) => (&raw const *value).cast_mut().cast(),
+        }
+    }
 }
 
 /// A kernel and its arguments, in the order in which its file has them.
@@ -182,23 +202,31 @@ impl<'a> Launch<'a> {
         }
         let function = function(self.device, self.file, &self.name, shared_bytes)?;
         let stream = self.device.cuda_stream();
-        let mut builder = stream.launch_builder(&function);
-        for arg in &self.args {
-            match arg {
-                Arg::Pointer(value) => builder.arg(value),
-                Arg::Int(value) => builder.arg(value),
-                Arg::Long(value) => builder.arg(value),
-                Arg::Float(value) => builder.arg(value),
-            };
-        }
-        let config = LaunchConfig {
-            grid_dim: (x as u32, y as u32, z as u32),
-            block_dim: (threads, 1, 1),
-            shared_mem_bytes: shared_bytes as u32,
+        // Every kernel waits by itself for what earlier ones write, so it may start before they end. For chips before
+        // Hopper there is no such launch.
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        // SAFETY: the caller vouches for the arguments.
-        unsafe { builder.launch(config) }.w()?;
-        Ok(())
+        let config = sys::CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(compute_capability(&stream)?.0 >= 9),
+        };
+        let mut args: Vec<*mut c_void> = self.args.iter().map(Arg::address).collect();
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: the caller vouches for the arguments, which live to the end of the call, as the attribute does.
+        unsafe { sys::cuLaunchKernelEx(&raw const config, function.cu_function(), args.as_mut_ptr(), null_mut()) }
+            .result()
+            .w()
     }
 }
 

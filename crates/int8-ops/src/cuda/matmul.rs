@@ -4,7 +4,10 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage};
 use candle_core::{DType, Device, Layout, Result, Tensor, bail};
 
-use super::{Launch, THREADS, address, address_of, multiprocessors, shared_bytes_of_block, suffix, uninitialized};
+use super::{
+    Launch, THREADS, address, address_of, compute_capability, multiprocessors, shared_bytes_of_block, suffix,
+    uninitialized,
+};
 use crate::matmul::Int8Matmul;
 use crate::matrix::Int8Matrix;
 
@@ -16,6 +19,12 @@ const FUSED_BYTES: usize = 43 << 10;
 const FUSED_THREADS: u32 = 1024;
 /// Threads of a block for few tokens that have been quantised.
 const CODES_THREADS: u32 = 512;
+
+/// What kernels/int8_matmul_one.cu takes: columns, of which its steps are whole, and rows of a block.
+const ONE_STEP: usize = 512;
+const ONE_COLS: usize = 16_384;
+const ONE_ROWS: usize = 2048;
+const ONE_THREADS: u32 = 512;
 
 /// The product with all weights of `op`, side by side, in the dtype of x.
 pub(crate) fn int8_matmul(op: &Int8Matmul, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
@@ -87,9 +96,11 @@ struct Product<'a> {
     width: usize,
 }
 
-/// What a block of `int8_matmul_many` makes of the outputs.
+/// What a block of `int8_matmul_many` or `int8_matmul_hopper` makes of the outputs.
 struct Tile {
+    /// The kernel's and its file's.
     name: &'static str,
+    file: &'static str,
     tokens: usize,
     rows: usize,
     threads: u32,
@@ -98,18 +109,43 @@ struct Tile {
 
 /// As kernels/int8_matmul_many.cu has them, the largest first.
 const TILES: [Tile; 3] = [
-    Tile { name: "int8_matmul_many", tokens: 128, rows: 256, threads: 256, shared_bytes: 98_560 },
-    Tile { name: "int8_matmul_many_medium", tokens: 128, rows: 128, threads: 128, shared_bytes: 49_408 },
-    Tile { name: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 },
+    Tile::of_many("int8_matmul_many", (128, 256), 256, 98_560),
+    Tile::of_many("int8_matmul_many_medium", (128, 128), 128, 49_408),
+    Tile::of_many("int8_matmul_many_small", (64, 64), 128, 49_408),
+];
+
+/// As kernels/int8_matmul_hopper.cu has them: a tile, blocks of it that a multiprocessor works on at a time, and what
+/// these were measured to take on an H200, in nanoseconds and, for each column, in picoseconds.
+const HOPPER_TILES: [(Tile, usize, usize, usize); 2] = [
+    (Tile::of_hopper("int8_matmul_hopper", (128, 256), 256, 197_888), 1, 3300, 7500),
+    (Tile::of_hopper("int8_matmul_hopper_small", (128, 128), 256, 99_584), 2, 2600, 9100),
 ];
 
 impl Tile {
+    const fn of_many(name: &'static str, (tokens, rows): (usize, usize), threads: u32, shared_bytes: usize) -> Self {
+        Self { name, file: "int8_matmul_many", tokens, rows, threads, shared_bytes }
+    }
+
+    const fn of_hopper(name: &'static str, (tokens, rows): (usize, usize), threads: u32, shared_bytes: usize) -> Self {
+        Self { name, file: "int8_matmul_hopper", tokens, rows, threads, shared_bytes }
+    }
+
     /// The largest that the device has room for and that leaves at most a quarter of it idle.
     fn of(tokens: usize, rows: usize, multiprocessors: usize, shared_bytes: usize) -> &'static Self {
         let [.., small] = &TILES;
         let is_good =
             |tile: &&Self| tile.shared_bytes <= shared_bytes && 4 * tile.blocks(tokens, rows) >= 3 * multiprocessors;
         if tokens <= small.tokens { small } else { TILES.iter().find(is_good).unwrap_or(small) }
+    }
+
+    /// The one that is done first on a device with Hopper's tensor cores; none for as few tokens that reading the weight
+    /// takes longer.
+    fn on_hopper(tokens: usize, (rows, cols): (usize, usize), multiprocessors: usize) -> Option<&'static Self> {
+        let [.., small] = &TILES;
+        let picoseconds = |(tile, at_once, nanoseconds, column): &&(Self, usize, usize, usize)| {
+            tile.blocks(tokens, rows).div_ceil(at_once * multiprocessors) * (1000 * nanoseconds + column * cols)
+        };
+        HOPPER_TILES.iter().min_by_key(picoseconds).filter(|_| tokens > small.tokens).map(|(tile, ..)| tile)
     }
 
     fn blocks(&self, tokens: usize, rows: usize) -> usize {
@@ -126,7 +162,9 @@ fn fused_bytes(input: &Input) -> usize {
 
 /// How the activations come to the product.
 enum Method {
-    /// Every block quantises them for itself.
+    /// Every block quantises them for itself: one token, in pieces of rows.
+    One,
+    /// The same for any few tokens.
     Fused,
     /// They have been quantised, in a launch of their own.
     Quantized(Box<Quantized>),
@@ -144,7 +182,13 @@ struct Quantized {
 impl Method {
     fn of(op: &Int8Matmul, input: &Input) -> Result<Self> {
         let is_fused = input.tokens <= FUSED_TOKENS && fused_bytes(input) <= FUSED_BYTES;
-        if is_fused { Ok(Self::Fused) } else { Ok(Self::Quantized(Box::new(quantize(op, input)?))) }
+        if is_one(op, input)? {
+            Ok(Self::One)
+        } else if is_fused {
+            Ok(Self::Fused)
+        } else {
+            Ok(Self::Quantized(Box::new(quantize(op, input)?)))
+        }
     }
 
     fn launch(&self, op: &Int8Matmul, input: &Input, product: &Product) -> Result<()> {
@@ -155,28 +199,39 @@ impl Method {
         // A block reads its rows one after the other.
         let few_grid = [rows.min(multiprocessors), 1, 1];
         let start = |file, name: &str| Launch::new(input.device, file, format!("{name}_{suffix}"));
+        // The layer norm that the kernel does, where it does one.
+        let normed = |file, name: &str| match &op.norm {
+            Some(norm) => Ok(start(file, &format!("{name}_normed"))
+                .pointer(input.address)
+                .vector(Some(norm.weight()))?
+                .vector(Some(norm.bias()))?
+                .float(norm.eps())),
+            None => Ok::<_, candle_core::Error>(start(file, name).pointer(input.address)),
+        };
+        let weight = product.weight.codes_address(input.device)?;
         let (launch, grid, threads, shared_bytes) = match self {
-            Self::Fused => {
-                let launch = match &op.norm {
-                    Some(norm) => start("int8_matmul_few", "int8_matmul_few_normed")
-                        .pointer(input.address)
-                        .vector(Some(norm.weight()))?
-                        .vector(Some(norm.bias()))?
-                        .float(norm.eps()),
-                    None => start("int8_matmul_few", "int8_matmul_few").pointer(input.address),
-                };
-                (launch, few_grid, FUSED_THREADS, fused_bytes(input))
-            }
+            Self::One => (normed("int8_matmul_one", "int8_matmul_one")?, few_grid, ONE_THREADS, cols + cols / 8),
+            Self::Fused => (normed("int8_matmul_few", "int8_matmul_few")?, few_grid, FUSED_THREADS, fused_bytes(input)),
             Self::Quantized(x) => {
+                let codes = address(&x.codes, 0)?;
                 let (file, name, grid, threads, shared_bytes) = if tokens <= FEW_TOKENS {
                     ("int8_matmul_few", "int8_matmul_few_codes", few_grid, CODES_THREADS, 0)
                 } else {
-                    let tile = Tile::of(tokens, rows, multiprocessors, shared_bytes_of_block(&stream)?);
-                    ("int8_matmul_many", tile.name, [tile.blocks(tokens, rows), 1, 1], tile.threads, tile.shared_bytes)
+                    let are_pieces = (codes | weight | cols as u64).is_multiple_of(16);
+                    let on_hopper = if are_pieces && compute_capability(&stream)? == (9, 0) {
+                        Tile::on_hopper(tokens, (rows, cols), multiprocessors)
+                    } else {
+                        None
+                    };
+                    let tile = match on_hopper {
+                        Some(tile) => tile,
+                        None => Tile::of(tokens, rows, multiprocessors, shared_bytes_of_block(&stream)?),
+                    };
+                    (tile.file, tile.name, [tile.blocks(tokens, rows), 1, 1], tile.threads, tile.shared_bytes)
                 };
                 let bits = x.outlier_bits.as_ref();
                 let launch = start(file, name)
-                    .pointer(address(&x.codes, 0)?)
+                    .pointer(codes)
                     .pointer(address(&x.scales, 0)?)
                     .pointer(bits.map_or(Ok(0), |bits| address_of(input.device, bits))?)
                     .pointer(x.normed.as_ref().map_or(Ok(input.address), |normed| address(normed, 0))?);
@@ -184,24 +239,43 @@ impl Method {
             }
         };
         let launch = launch
-            .pointer(product.weight.codes_address(input.device)?)
+            .pointer(weight)
             .pointer(address_of(input.device, product.weight.scales())?)
             .vector(product.bias)?
             .pointer(product.residual)
-            .pointer(product.out)
-            .int(tokens)?
-            .int(rows)?
-            .int(cols)?
-            .int(product.width)?
-            .int(input.tokens_per_sequence)?;
+            .pointer(product.out);
         let launch = match self {
-            Self::Fused => launch.float(op.threshold.unwrap_or(0.0)),
+            Self::One => launch.int(rows)?.int(cols)?,
+            _ => launch.int(tokens)?.int(rows)?.int(cols)?.int(product.width)?.int(input.tokens_per_sequence)?,
+        };
+        let launch = match self {
+            Self::One | Self::Fused => launch.float(op.threshold.unwrap_or(0.0)),
             Self::Quantized(_) => launch,
         };
         // SAFETY: x is (tokens, cols), the weight (rows, cols), the bias (rows), and out and residual have
         // `rows` outputs of every token `width` apart.
         unsafe { launch.int(product.activation)?.run(grid, threads, shared_bytes) }
     }
+}
+
+/// Whether kernels/int8_matmul_one.cu takes this input, for all weights.
+fn is_one(op: &Int8Matmul, input: &Input) -> Result<bool> {
+    let &Input { device, tokens, cols, .. } = input;
+    if tokens != 1 || !cols.is_multiple_of(ONE_STEP) || cols > ONE_COLS {
+        return Ok(false);
+    }
+    let most_rows = ONE_ROWS * multiprocessors(&device.cuda_stream())?;
+    let mut addresses = input.address;
+    for (weight, _) in &op.weights {
+        if weight.dims().0 > most_rows {
+            return Ok(false);
+        }
+        addresses |= weight.codes_address(device)?;
+    }
+    if let Some(norm) = &op.norm {
+        addresses |= address_of(device, norm.weight())? | address_of(device, norm.bias())?;
+    }
+    Ok(addresses.is_multiple_of(16))
 }
 
 /// Steps 2 and 3 of the method, after the norm if there is one.

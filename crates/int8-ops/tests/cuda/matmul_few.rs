@@ -5,7 +5,7 @@ use int8_ops::{Activation, Int8Matrix, LayerNorm, add, int8_matmul};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, cases, floats, launch, tensor};
+use super::support::{Aligned, Float, cases, floats, launch, tensor};
 
 /// Values that a seed makes.
 struct Random(u64);
@@ -106,6 +106,15 @@ enum Variant {
     Plain,
     Normed,
     Codes,
+    /// The kernels for one token.
+    One,
+    OneNormed,
+}
+
+impl Variant {
+    fn is_normed(self) -> bool {
+        matches!(self, Self::Normed | Self::OneNormed)
+    }
 }
 
 /// Values (tokens, cols) whose mean and variance are the same in whatever order they are summed: small whole
@@ -136,10 +145,10 @@ impl Case {
         let (tokens, rows, cols) = (self.tokens(), self.rows, self.cols);
         let mut random = Random(self.seed.into());
         let mut values = match variant {
-            Variant::Normed => exactly_summed(&mut random, tokens, cols),
+            Variant::Normed | Variant::OneNormed => exactly_summed(&mut random, tokens, cols),
             _ => random.floats(tokens * cols, 4.0),
         };
-        if variant != Variant::Normed {
+        if !variant.is_normed() {
             for _ in 0..self.outliers {
                 let place = random.bits() as usize % values.len();
                 values[place] = if random.bits().is_multiple_of(2) { 6.0 } else { -70.5 };
@@ -161,11 +170,15 @@ impl Case {
 
         const UNTOUCHED: f32 = 77.0;
         let mut out = vec![T::of(UNTOUCHED); tokens * width];
-        let mut layer: Vec<Arg> = vec![codes.as_slice().into(), scales.as_slice().into()];
+        let codes = Aligned::of(&codes);
+        let mut layer: Vec<Arg> = vec![codes.slice().into(), scales.as_slice().into()];
         layer.extend(bias.as_ref().map_or([Arg::NULL, 0i32.into()], Vector::args));
         layer.push(if self.residual { residual[self.others[0]..].into() } else { Arg::NULL });
         layer.push((&mut out[self.others[0]..]).into());
-        layer.extend([tokens, rows, cols, width, self.tokens_per_sequence].map(Arg::from));
+        match variant {
+            Variant::One | Variant::OneNormed => layer.extend([rows, cols].map(Arg::from)),
+            _ => layer.extend([tokens, rows, cols, width, self.tokens_per_sequence].map(Arg::from)),
+        }
         let (grid, suffix) = ([self.blocks, 1, 1], T::SUFFIX);
         let threshold = self.threshold.unwrap_or(0.0);
         let (mut x_codes, mut x_scales) = (vec![0i8; tokens * cols], vec![0f32; tokens]);
@@ -185,6 +198,19 @@ impl Case {
                 args.extend([threshold.into(), self.activation.into()]);
                 let name = format!("int8_matmul_few_normed_{suffix}");
                 launch(&name, grid, self.threads, self.shared_bytes(), self.seed, &args);
+            }
+            Variant::One | Variant::OneNormed => {
+                let mut args = vec![x.as_slice().into()];
+                let mut name = "int8_matmul_one".to_string();
+                if variant == Variant::OneNormed {
+                    args.extend(norm.iter().flat_map(Vector::args));
+                    args.push(1e-5f32.into());
+                    name += "_normed";
+                }
+                args.extend(layer);
+                args.extend([threshold.into(), self.activation.into()]);
+                let shared_bytes = cols + cols / 8;
+                launch(&format!("{name}_{suffix}"), grid, 512, shared_bytes, self.seed, &args);
             }
             Variant::Codes => {
                 let bits: Arg = if self.threshold.is_some() { bits.as_mut_slice().into() } else { Arg::NULL };
@@ -212,12 +238,12 @@ impl Case {
         }
 
         let mut x = tensor(&x, &[self.sequences, self.tokens_per_sequence, cols])?;
-        if variant == Variant::Normed {
+        if variant.is_normed() {
             let [weight, bias] = [norm[0].tensor()?, norm[1].tensor()?];
             let normed = LayerNorm::new(weight, bias, 1e-5)?.forward(&x)?.flatten_all()?.to_vec1()?;
             x = tensor(&floats::<T>(&normed), x.dims())?;
         }
-        let unsigned: Vec<u8> = codes.iter().map(|&code| code as u8).collect();
+        let unsigned: Vec<u8> = codes.slice().iter().map(|&code| code as u8).collect();
         let weight = Int8Matrix::new(
             Tensor::from_slice(&unsigned, (rows, cols), &Device::Cpu)?,
             Tensor::from_slice(&scales, rows, &Device::Cpu)?,
@@ -316,6 +342,23 @@ fn a_lone_token_is_multiplied_by_every_share_of_rows_and_columns() {
     }
     let case = Case { rows: 37, cols: 1536, blocks: 1, threads: 1024, bias: Some(1), ..Case::default() };
     case.check::<bf16>(Variant::Normed).expect("normed");
+}
+
+#[test]
+fn one_token_takes_pieces_of_its_rows() {
+    // Several rows in a piece, one, and rows in two and in three parts; more rows than threads; outliers beyond the list.
+    let sizes = [(70, 512, 2), (37, 1024, 3), (9, 1536, 2), (11, 2560, 2), (7, 5120, 3), (5, 8704, 1), (530, 512, 1)];
+    for (rows, cols, blocks) in sizes {
+        let case = Case { rows, cols, blocks, bias: Some(0), outliers: 12, ..Case::default() };
+        case.check::<f32>(Variant::One).expect("one");
+        let case = Case { bias: Some(2), residual: true, activation: 1, others: [1, 2], outliers: 3, ..case };
+        case.check::<f16>(Variant::One).expect("one");
+        case.check::<bf16>(Variant::OneNormed).expect("one, normed");
+    }
+    let case = Case { rows: 3, cols: 1024, outliers: 400, blocks: 5, activation: 2, ..Case::default() };
+    case.check::<f32>(Variant::One).expect("many outliers");
+    Case { threshold: None, ..case.clone() }.check::<f16>(Variant::One).expect("no threshold");
+    Case { threshold: Some(1e-6), rows: 40, ..case }.check::<f32>(Variant::OneNormed).expect("all outliers");
 }
 
 #[test]

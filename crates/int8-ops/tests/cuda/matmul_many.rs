@@ -4,7 +4,7 @@ use int8_ops::{Activation, Int8Matrix, int8_matmul};
 use kernels_on_host::Arg;
 use proptest::prelude::*;
 
-use super::support::{Float, cases, floats, launch, tensor};
+use super::support::{Aligned, Float, cases, floats, launch, tensor};
 
 /// One of the kernels, and how it is launched.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +20,11 @@ const LARGE: Tile = Tile { kernel: "int8_matmul_many", tokens: 128, rows: 256, t
 const MEDIUM: Tile =
     Tile { kernel: "int8_matmul_many_medium", tokens: 128, rows: 128, threads: 128, shared_bytes: 49_408 };
 const SMALL: Tile = Tile { kernel: "int8_matmul_many_small", tokens: 64, rows: 64, threads: 128, shared_bytes: 49_408 };
+
+const HOPPER: [Tile; 2] = [
+    Tile { kernel: "int8_matmul_hopper", tokens: 128, rows: 256, threads: 256, shared_bytes: 197_888 },
+    Tile { kernel: "int8_matmul_hopper_small", tokens: 128, rows: 128, threads: 256, shared_bytes: 99_584 },
+];
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
@@ -198,30 +203,6 @@ fn on_the_cpu(
     activated.flatten_all()?.to_vec1()
 }
 
-/// Codes from an aligned address on, as a tensor's are.
-struct Aligned {
-    room: Vec<u128>,
-    len: usize,
-}
-
-impl Aligned {
-    fn of(codes: &[i8]) -> Self {
-        let mut aligned = Self { room: vec![0; codes.len().div_ceil(16)], len: codes.len() };
-        aligned.slice_mut().copy_from_slice(codes);
-        aligned
-    }
-
-    fn slice(&self) -> &[i8] {
-        // SAFETY: the room is as large, and more strictly aligned.
-        unsafe { std::slice::from_raw_parts(self.room.as_ptr().cast(), self.len) }
-    }
-
-    fn slice_mut(&mut self) -> &mut [i8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.room.as_mut_ptr().cast(), self.len) }
-    }
-}
-
 #[test]
 fn tiles_of_every_size_give_what_the_cpu_gives() -> candle_core::Result<()> {
     check::<f32>(SMALL, PLAIN)?;
@@ -280,6 +261,26 @@ fn what_follows_the_product_is_done_before_the_one_rounding() -> candle_core::Re
     check::<f16>(SMALL, Case { activation: gelu_erf, bias: Some(2), ..case })?;
     check::<bf16>(LARGE, Case { rows: 270, cols: 64, others: (8, 2), activation: relu, ..case })?;
     check::<bf16>(MEDIUM, Case { rows: 270, cols: 64, ..case })
+}
+
+#[test]
+fn products_of_warpgroups_give_what_the_cpu_gives() -> candle_core::Result<()> {
+    for tile in HOPPER {
+        // Fewer columns than a stage, as many, and more than all stages.
+        check::<f32>(tile, Case { tokens: 70, rows: 72, cols: 48, ..PLAIN })?;
+        check::<f16>(tile, Case { tokens: 195, rows: 257, cols: 128, bias: Some(0), ..PLAIN })?;
+        check::<f32>(tile, Case { tokens: 17, rows: 260, cols: 656, outliers: 30, ..PLAIN })?;
+        // None, more than are looked at together, and all columns, of several sequences.
+        let case = Case { sequences: 3, tokens: 50, rows: 136, cols: 96, ..PLAIN };
+        check::<bf16>(tile, Case { outliers: 0, threshold: None, ..case })?;
+        check::<f32>(tile, Case { outliers: 60, ..case })?;
+        check::<f16>(tile, Case { all_columns: true, ..case })?;
+        let case = Case { rows: 136, others: (16, 8), bias: Some(1), residual: true, ..PLAIN };
+        check::<f32>(tile, Case { others: (3, 2), ..case })?;
+        check::<bf16>(tile, Case { activation: Some(Activation::Relu), ..case })?;
+        check::<f16>(tile, Case { activation: Some(Activation::Gelu), ..case })?;
+    }
+    Ok(())
 }
 
 proptest! {
