@@ -97,6 +97,9 @@ fn temporary_beside(path: &Path) -> Result<NamedTempFile, Failure> {
         return Err(unwritable(path, &"it is there already, and no page or picture"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return Err(unwritable(path, &format!("there is no folder {}", folder.display())));
+    }
     let mut builder = tempfile::Builder::new();
     // Like any new file, and not for the owner alone: the umask takes from this what it should.
     #[cfg(unix)]
