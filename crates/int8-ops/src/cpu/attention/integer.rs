@@ -296,7 +296,7 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             // NaN comes out as itself, and is never skipped.
             let longest_key = (kernels.absmax)(key_scales, None) * C::key_norm(head.head_dim);
             for (position, query) in (head.position..).zip(&mut *queries) {
-                query.bias = slope * (first_key as f32 - position as f32);
+                query.bias = slope * (first_key as i32 - position as i32) as f32;
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
                 // Never its own block, which comes first; all keys of those before are written, so it is the same
                 // who asks when.
