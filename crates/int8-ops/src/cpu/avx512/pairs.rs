@@ -46,7 +46,7 @@ pub(super) fn pair_sums<C: WidenPairs>(
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    next: Range<*const [C; 2]>,
+    next: &[Range<*const [C; 2]>],
 ) {
     let rows = sums.len() / width;
     if rows == 1 {
