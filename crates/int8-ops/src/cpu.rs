@@ -228,8 +228,9 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
     absmax / MAX_CODE
 }
 
-/// Values that are worth the share of another thread.
-const VALUES_PER_PART: usize = 1 << 12;
+/// Values that are worth the share of another thread, which takes them from the caches of one core to those of another
+/// and back.
+const VALUES_PER_PART: usize = 1 << 14;
 
 /// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
 /// the system if not here, and is best cleared where it is filled.

@@ -171,7 +171,7 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
     let sequences = x.values.chunks(tokens * cols).zip(magnitudes.chunks_mut(tokens));
     let parts = sequences
         .flat_map(|(values, magnitudes)| values.chunks(rows_per_part * cols).zip(magnitudes.chunks_mut(rows_per_part)));
-    team::for_each(parts.zip(&mut columns).collect(), |((values, magnitudes), columns)| {
+    let work = |((values, magnitudes), columns): ((&[f32], &mut [f32]), &mut Vec<u32>)| {
         for (row, magnitude) in values.chunks(cols).zip(magnitudes) {
             *magnitude = (kernels.absmax)(row, threshold);
         }
@@ -180,7 +180,13 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
             values.chunks(cols).for_each(|row| (kernels.flag_outliers)(row, threshold, &mut flags));
             *columns = flagged(&flags);
         }
-    });
+    };
+    let parts = parts.zip(&mut columns);
+    // However many sequences they are of.
+    match x.values.len() {
+        ..=VALUES_PER_PART => parts.for_each(work),
+        _ => team::for_each(parts.collect(), work),
+    }
     // In order already.
     if parts_per_sequence == 1 {
         return columns;
