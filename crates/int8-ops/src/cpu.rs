@@ -141,7 +141,7 @@ pub type OuterSum<T> = fn(a: &[f32], depth: usize, b: &[T], strides: [usize; 2],
 /// `sums[r, l] = Σ_k a[r, k][0] * b[k, l][0] + a[r, k][1] * b[k, l][1]` for the first `depth` k and the first
 /// `lanes` l, a multiple of 16, for a (rows, ..) and sums (rows, width). Lanes of b lie as in [`OuterSum`], and b ends
 /// with the last of them. One row walks along b as it lies in memory, and asks ahead for the rest of it and then for
-/// `next`, which need not exist.
+/// the pieces `next`, which need not exist.
 pub type PairSums<C> = fn(
     a: &[Pair],
     depth: usize,
@@ -150,7 +150,7 @@ pub type PairSums<C> = fn(
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    next: Range<*const [C; 2]>,
+    next: &[Range<*const [C; 2]>],
 );
 
 /// The integer sums (queries, 64) of queries with a block of keys become the codes (queries, 64) of their weights, each
@@ -228,8 +228,9 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
     absmax / MAX_CODE
 }
 
-/// Values that are worth the share of another thread.
-const VALUES_PER_PART: usize = 1 << 12;
+/// Values that are worth the share of another thread, which takes them from the caches of one core to those of another
+/// and back.
+const VALUES_PER_PART: usize = 1 << 14;
 
 /// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
 /// the system if not here, and is best cleared where it is filled.

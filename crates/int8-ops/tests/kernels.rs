@@ -127,8 +127,8 @@ proptest! {
         let bytes: Vec<[i8; 2]> = b.iter().map(|pair| pair.map(|code| code as i8)).collect();
         for kernels in Kernels::available() {
             let (mut sums, mut byte_sums) = (vec![7i32; rows * width], vec![7i32; rows * width]);
-            (kernels.pair_sums)(&a, depth, &b, strides, &mut sums, width, lanes, a.as_ptr_range());
-            (kernels.byte_pair_sums)(&a, depth, &bytes, strides, &mut byte_sums, width, lanes, bytes.as_ptr_range());
+            (kernels.pair_sums)(&a, depth, &b, strides, &mut sums, width, lanes, &[a.as_ptr_range()]);
+            (kernels.byte_pair_sums)(&a, depth, &bytes, strides, &mut byte_sums, width, lanes, &[bytes.as_ptr_range()]);
             for index in (0..sums.len()).filter(|index| index % width < lanes) {
                 let (row, lane) = (index / width, index % width);
                 let wanted = |b: &dyn Fn(usize) -> [i64; 2]| {

@@ -1,6 +1,8 @@
 //! Activations on their way into the int8 product: outlier columns apart, the rest as codes.
 
 use std::borrow::Cow;
+use std::cell::Cell;
+use std::mem;
 use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
@@ -58,12 +60,28 @@ pub(crate) struct Codes {
     range: Range<usize>,
 }
 
+thread_local! {
+    /// The buffer of the codes before: many tokens' would be megabytes to clear for every layer.
+    static BUFFER: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
+}
+
 impl Codes {
-    fn zeros(len: usize) -> Self {
+    /// Whatever was there before.
+    fn any(len: usize) -> Self {
         const LINE: usize = 64;
-        let buffer = zeros::<i8>(len + LINE);
+        let mut buffer = BUFFER.take();
+        if buffer.len() < len + LINE {
+            drop(buffer);
+            buffer = zeros(len + LINE);
+        }
         let start = buffer.as_ptr().align_offset(LINE).min(LINE);
         Self { buffer, range: start..start + len }
+    }
+}
+
+impl Drop for Codes {
+    fn drop(&mut self) {
+        BUFFER.set(mem::take(&mut self.buffer));
     }
 }
 
@@ -105,7 +123,7 @@ impl Activations {
     pub(crate) fn quantize(kernels: &Kernels, x: &Values, threshold: Option<f32>) -> Self {
         let (tokens, cols) = (x.tokens, x.cols);
         let rows = x.values.len().checked_div(cols).unwrap_or_default();
-        let mut codes = Codes::zeros(rows * cols);
+        let mut codes = Codes::any(rows * cols);
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];
         let mut magnitudes = vec![0f32; rows];
@@ -153,7 +171,7 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
     let sequences = x.values.chunks(tokens * cols).zip(magnitudes.chunks_mut(tokens));
     let parts = sequences
         .flat_map(|(values, magnitudes)| values.chunks(rows_per_part * cols).zip(magnitudes.chunks_mut(rows_per_part)));
-    team::for_each(parts.zip(&mut columns).collect(), |((values, magnitudes), columns)| {
+    let work = |((values, magnitudes), columns): ((&[f32], &mut [f32]), &mut Vec<u32>)| {
         for (row, magnitude) in values.chunks(cols).zip(magnitudes) {
             *magnitude = (kernels.absmax)(row, threshold);
         }
@@ -162,7 +180,13 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
             values.chunks(cols).for_each(|row| (kernels.flag_outliers)(row, threshold, &mut flags));
             *columns = flagged(&flags);
         }
-    });
+    };
+    let parts = parts.zip(&mut columns);
+    // However many sequences they are of.
+    match x.values.len() {
+        ..=VALUES_PER_PART => parts.for_each(work),
+        _ => team::for_each(parts.collect(), work),
+    }
     // In order already.
     if parts_per_sequence == 1 {
         return columns;

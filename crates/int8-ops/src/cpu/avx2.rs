@@ -304,7 +304,7 @@ fn pair_sums<C: WidenPairs>(
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    next: Range<*const [C; 2]>,
+    next: &[Range<*const [C; 2]>],
 ) {
     let ahead = Ahead::new(b, next);
     let rows = sums.len() / width;

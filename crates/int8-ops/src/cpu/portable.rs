@@ -434,7 +434,7 @@ fn pair_sums<C: Copy + Into<i32>>(
     sums: &mut [i32],
     width: usize,
     lanes: usize,
-    _next: Range<*const [C; 2]>,
+    _next: &[Range<*const [C; 2]>],
 ) {
     let rows = sums.len() / width;
     for (a, sums) in a.chunks(a.len() / rows).zip(sums.chunks_mut(width)) {

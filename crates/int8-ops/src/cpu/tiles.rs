@@ -53,48 +53,49 @@ pub(super) fn prefetch_after<T>(weight: *const T) {
     prefetch(weight.cast::<i8>().wrapping_add(AHEAD));
 }
 
-/// What is brought to the caches while a piece of memory is walked along: the rest of it, and then the next piece.
+/// What is brought to the caches while a piece of memory is walked along: the rest of it, and then the next pieces.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
-pub(super) struct Ahead<T> {
-    bytes: usize,
+pub(super) struct Ahead<'a, T> {
     end: *const T,
-    next: Range<*const T>,
+    next: &'a [Range<*const T>],
 }
 
-impl<T> Ahead<T> {
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
+impl<'a, T> Ahead<'a, T> {
     /// Bytes to be ahead: as much as is on its way from memory at a time, and while there is something else to do.
     const BYTES: usize = 6144;
 
-    /// `next` need not exist.
-    pub(super) fn new(piece: &[T], next: Range<*const T>) -> Self {
-        // No further than one piece: what is beyond the next one is not known.
-        Self { bytes: Self::BYTES.min(size_of_val(piece)), end: piece.as_ptr_range().end, next }
+    /// The pieces in `next` need not exist.
+    pub(super) fn new(piece: &[T], next: &'a [Range<*const T>]) -> Self {
+        Self { end: piece.as_ptr_range().end, next }
     }
 
     /// Asks for what comes some way after the first `count` from `place` on: to the second cache, and, as a processor
     /// that has enough on its way takes no notice of a hint, once more to the nearest one when it is closer.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn prefetch(&self, place: *const T, count: usize) {
         let lines = (0..count * size_of::<T>()).step_by(64);
-        let (far, near) = (self.after(place, self.bytes), self.after(place, self.bytes / 2));
+        let (far, near) = (self.after(place, Self::BYTES), self.after(place, Self::BYTES / 2));
         lines.clone().for_each(|byte| prefetch(far.wrapping_byte_add(byte)));
         lines.for_each(|byte| prefetch_near(near.wrapping_byte_add(byte)));
     }
 
-    /// What comes so many bytes after `place`, in this piece or the next.
-    #[cfg(target_arch = "x86_64")]
+    /// What comes so many bytes after `place`, in this piece or the next ones; `place` where that is not known.
     #[inline(always)]
     fn after(&self, place: *const T, bytes: usize) -> *const T {
         let after = place.wrapping_byte_add(bytes);
-        let beyond = (after as usize).wrapping_sub(self.end as usize) as isize;
-        if beyond < 0 { after } else { self.next.start.wrapping_byte_offset(beyond).min(self.next.end) }
-    }
-
-    /// Asks for what of the next piece is more than this one's length away, but not too far.
-    pub(super) fn prefetch_rest(&self) {
-        let len = (self.next.end as usize).wrapping_sub(self.next.start as usize).min(Self::BYTES);
-        (self.bytes..len).step_by(64).for_each(|byte| prefetch(self.next.start.wrapping_byte_add(byte)));
+        let mut beyond = (after as usize).wrapping_sub(self.end as usize) as isize;
+        if beyond < 0 {
+            return after;
+        }
+        for next in self.next {
+            let len = (next.end as usize).wrapping_sub(next.start as usize) as isize;
+            if beyond < len {
+                return next.start.wrapping_byte_offset(beyond);
+            }
+            beyond -= len;
+        }
+        place
     }
 }
 

@@ -17,7 +17,7 @@ use bytemuck::Pod;
 
 use super::{Cache, Head, KEYS_PER_BLOCK, LANES, padded};
 use crate::MAX_CODE;
-use crate::cpu::tiles::{Ahead, prefetch};
+use crate::cpu::tiles::prefetch;
 use crate::cpu::{Kernels, PairSums};
 
 /// Codes of two features of a key or query, or of one feature of two values that follow one another: what
@@ -111,6 +111,20 @@ impl<'a, C> IntegerCache<'a, C> {
     }
 }
 
+impl<C: CacheCode> IntegerCache<'_, C> {
+    /// Where the codes of the first `count` keys of a block lie, in whole groups, and those of their values, in whole
+    /// pairs; there may be no such block.
+    fn codes_of(&self, index: usize, count: usize, head_dim: usize) -> [Range<*const [C; 2]>; 2] {
+        let codes = |records: &[u32], record: usize, pairs: usize| {
+            let start = records.as_ptr().wrapping_add(index * record + KEYS_PER_BLOCK).cast::<[C; 2]>();
+            start..start.wrapping_add(pairs)
+        };
+        let keys = count.next_multiple_of(LANES) * head_dim.div_ceil(2);
+        let values = count.div_ceil(2) * padded(head_dim);
+        [codes(self.keys, key_record::<C>(head_dim), keys), codes(self.values, value_record::<C>(head_dim), values)]
+    }
+}
+
 /// The length of a record of keys.
 pub(crate) fn key_record<C: CacheCode>(head_dim: usize) -> usize {
     KEYS_PER_BLOCK + KEYS_PER_BLOCK * head_dim.div_ceil(2) * size_of::<[C; 2]>() / size_of::<u32>()
@@ -134,9 +148,9 @@ fn parts_mut<C: CacheCode>(record: &mut [u32]) -> (&mut [u32], &mut [[C; 2]]) {
     (scales, bytemuck::cast_slice_mut::<u32, C>(pairs).as_chunks_mut().0)
 }
 
-/// Asks for the scales of the record at `place` to be brought to the cache; there may be none.
-fn prefetch_scales(records: &[u32], place: usize) {
-    (0..KEYS_PER_BLOCK).step_by(LANES).for_each(|scale| prefetch(records.as_ptr().wrapping_add(place + scale)));
+/// Asks for the scales that lie before a record's codes to be brought to the cache; there may be none.
+fn prefetch_scales<T>(codes: *const T) {
+    (1..=KEYS_PER_BLOCK / LANES).for_each(|line| prefetch(codes.wrapping_byte_sub(64 * line)));
 }
 
 /// Writes a key (head_dim) as one of its block's, the `index`-th, to the block's record; `codes` is room
@@ -286,17 +300,24 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
         contexts.resize(count * width, 0.0);
         let pair_sums = C::pair_sums(kernels);
         let last = head.position + count - 1;
-        for block in (0..=last / KEYS_PER_BLOCK).rev() {
+        let last_block = last / KEYS_PER_BLOCK;
+        // The block before comes next, and after the first one, where there is one token, the last of the next head.
+        let following = |(index, block): (usize, usize)| match block {
+            0 => (index + self.blocks + last_block, last_block),
+            _ => (index - 1, block - 1),
+        };
+        let codes_of = |(index, block): (usize, usize)| {
+            let count = if block == last_block { last % KEYS_PER_BLOCK + 1 } else { KEYS_PER_BLOCK };
+            self.codes_of(index, count, head.head_dim)
+        };
+        for block in (0..=last_block).rev() {
             let (first_key, index) = (block * KEYS_PER_BLOCK, head.row * self.blocks + block);
-            // The block before comes next, and after the first one, where there is one token, the last of the next
-            // head.
-            let next = if block > 0 { index - 1 } else { index + self.blocks + last / KEYS_PER_BLOCK };
             let (key_record, value_record) = (key_record::<C>(head.head_dim), value_record::<C>(head.head_dim));
             let (key_scales, keys) = parts::<C>(&self.keys[index * key_record..][..key_record]);
             // NaN comes out as itself, and is never skipped.
             let longest_key = (kernels.absmax)(key_scales, None) * C::key_norm(head.head_dim);
             for (position, query) in (head.position..).zip(&mut *queries) {
-                query.bias = slope * (first_key as f32 - position as f32);
+                query.bias = slope * (first_key as i32 - position as i32) as f32;
                 query.seen = (position + 1).saturating_sub(first_key).min(KEYS_PER_BLOCK);
                 // Never its own block, which comes first; all keys of those before are written, so it is the same
                 // who asks when.
@@ -309,26 +330,24 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             let (queries, codes) = (&mut queries[first..end], &codes[first * depth..end * depth]);
             let most_seen = queries.iter().map(|query| query.seen).max().unwrap_or_default();
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
-            prefetch_scales(self.keys, next * key_record);
-            prefetch_scales(self.values, next * value_record);
+            // What one token reads next: pieces may be shorter than it asks ahead.
+            let (here, then) = ((index, block), following((index, block)));
+            let ([_, here_values], [then_keys, then_values]) = (codes_of(here), codes_of(then));
+            prefetch_scales(then_keys.start);
+            prefetch_scales(then_values.start);
+            let [last_keys, _] = codes_of(following(then));
+            let next = [here_values, then_keys, then_values, last_keys];
             let (lanes, pairs) = (most_seen.next_multiple_of(LANES), most_seen.div_ceil(2));
             let (value_scales, values) = parts::<C>(&self.values[index * value_record..][..value_record]);
             let (keys, values) = (&keys[..lanes * depth], &values[..pairs * width]);
             let strides = [LANES, LANES * depth];
-            pair_sums(codes, depth, keys, strides, scores, KEYS_PER_BLOCK, lanes, values.as_ptr_range());
+            pair_sums(codes, depth, keys, strides, scores, KEYS_PER_BLOCK, lanes, &next[..3]);
             let scales = BlockScales { keys: key_scales, values: &value_scales.map(|scale| scale * LIFT), biases };
             let weight_codes = &mut weight_codes[..queries.len()];
             (kernels.softmax_codes)(scores.as_chunks().0, &scales, queries, weights, weight_codes);
             let weight_codes: &[Pair] = bytemuck::cast_slice(weight_codes);
             let sums = &mut sums[..queries.len() * width];
-            let next_keys = self.keys.as_ptr().wrapping_add(next * key_record + KEYS_PER_BLOCK).cast::<[C; 2]>();
-            let next_lanes =
-                if block > 0 { KEYS_PER_BLOCK } else { (last % KEYS_PER_BLOCK + 1).next_multiple_of(LANES) };
-            let next_keys = next_keys..next_keys.wrapping_add(next_lanes * depth);
-            if count == 1 {
-                Ahead::new(values, next_keys.clone()).prefetch_rest();
-            }
-            pair_sums(weight_codes, pairs, values, [width, LANES], sums, width, width, next_keys);
+            pair_sums(weight_codes, pairs, values, [width, LANES], sums, width, width, &next[1..]);
             for ((context, sums), query) in
                 contexts[first * width..].chunks_mut(width).zip(sums.chunks(width)).zip(queries)
             {

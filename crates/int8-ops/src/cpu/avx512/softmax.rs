@@ -39,9 +39,30 @@ fn of_group<const MOST: usize>(
     weights: &mut [[f32; KEYS_PER_BLOCK]],
     codes: &mut [[i16; KEYS_PER_BLOCK]],
 ) {
+    // Most blocks lie before every query, and masks cost as much as what they are for.
+    if queries.iter().all(|query| query.seen == KEYS_PER_BLOCK) {
+        of_keys::<MOST>(sums, block, queries, weights, codes, |_, _| __mmask16::MAX);
+    } else {
+        of_keys::<MOST>(sums, block, queries, weights, codes, seen);
+    }
+}
+
+/// The same for the keys of each vector that `seen` tells.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn of_keys<const MOST: usize>(
+    sums: &[[i32; KEYS_PER_BLOCK]],
+    block: &BlockScales,
+    queries: &mut [Query],
+    weights: &mut [[f32; KEYS_PER_BLOCK]],
+    codes: &mut [[i16; KEYS_PER_BLOCK]],
+    seen: impl Fn(&Query, usize) -> __mmask16,
+) {
     let mut lanes = [_mm512_set1_ps(f32::NEG_INFINITY); MOST];
+    // Long before they are read as a vector, which waits until they are in the cache.
     let mut largest = [f32::NEG_INFINITY; MOST];
-    for (index, ((sums, query), weights)) in sums.iter().zip(&*queries).zip(&mut *weights).enumerate() {
+    largest.iter_mut().zip(&*queries).for_each(|(largest, query)| *largest = query.max);
+    for (lanes, ((sums, query), weights)) in lanes.iter_mut().zip(sums.iter().zip(&*queries).zip(&mut *weights)) {
         let (scale, bias) = (_mm512_set1_ps(query.scale), _mm512_set1_ps(query.bias));
         for vector in 0..VECTORS {
             let bias = _mm512_add_ps(load(block.biases, vector), bias);
@@ -50,10 +71,9 @@ fn of_group<const MOST: usize>(
             let sums = unsafe { _mm512_loadu_si512(sums.as_ptr().add(vector * LANES).cast()) };
             let scores = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), bias);
             let scores = _mm512_mask_mov_ps(_mm512_set1_ps(f32::NEG_INFINITY), seen(query, vector), scores);
-            lanes[index] = _mm512_max_ps(scores, lanes[index]);
+            *lanes = _mm512_max_ps(scores, *lanes);
             store(weights, vector, scores);
         }
-        largest[index] = query.max;
     }
     let mut maxima = fold(&lanes, |a, b| _mm512_max_ps(a, b));
     maxima.iter_mut().zip(&largest).for_each(|(max, &largest)| *max = larger(*max, largest));
@@ -78,17 +98,27 @@ fn of_group<const MOST: usize>(
         // SAFETY: as above.
         unsafe { _mm512_storeu_ps(query.sums.as_mut_ptr(), weight_sums) };
     }
-    let norms = fold(&lanes, |a, b| _mm512_add_ps(a, b)).map(f32::sqrt);
-    let inverses = norms.map(inverse_norm);
+    let mut norms = fold(&lanes, |a, b| _mm512_add_ps(a, b));
+    norms.iter_mut().for_each(|norm| *norm = norm.sqrt());
+    let (mut inverses, mut code_scales) = (norms, norms);
+    inverses.iter_mut().for_each(|inverse| *inverse = inverse_norm(*inverse));
+    code_scales.iter_mut().for_each(|scale| *scale /= CODE_NORM);
+    // The lower halves of the lanes of two vectors.
+    let halves: [u16; 2 * LANES] = std::array::from_fn(|half| 2 * half as u16);
+    // SAFETY: 32 numbers of 16 bits are a vector.
+    let halves = unsafe { _mm512_loadu_epi16(halves.as_ptr().cast()) };
     for (index, ((query, weights), codes)) in queries.iter_mut().zip(weights).zip(codes).enumerate() {
         let inverse = _mm512_set1_ps(inverses[index]);
-        for vector in 0..VECTORS {
+        let code = |vector| {
             let code = _mm512_add_ps(_mm512_mul_ps(load(weights, vector), inverse), _mm512_set1_ps(ROUND));
-            let code = _mm512_cvtepi32_epi16(_mm512_castps_si512(code));
-            // SAFETY: 16 of the 64 codes.
-            unsafe { _mm256_storeu_si256(codes.as_mut_ptr().add(vector * LANES).cast(), code) };
+            _mm512_castps_si512(code)
+        };
+        for vector in (0..VECTORS).step_by(2) {
+            let pair = _mm512_permutex2var_epi16(code(vector), halves, code(vector + 1));
+            // SAFETY: 32 of the 64 codes.
+            unsafe { _mm512_storeu_si512(codes.as_mut_ptr().add(vector * LANES).cast(), pair) };
         }
-        (query.max, query.shrink, query.code_scale) = (maxima[index], shrinks[index], norms[index] / CODE_NORM);
+        (query.max, query.shrink, query.code_scale) = (maxima[index], shrinks[index], code_scales[index]);
     }
 }
 
@@ -119,16 +149,15 @@ fn store(values: &mut [f32; KEYS_PER_BLOCK], vector: usize, new: __m512) {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn exp2(x: __m512) -> __m512 {
-    let (least, round, one) = (_mm512_set1_ps(EXP2_LEAST), _mm512_set1_ps(ROUND), _mm512_set1_ps(1.0));
-    // NaN stays.
-    let x = _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, least), least);
-    let shifted = _mm512_add_ps(x, round);
-    let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, round));
+    // NaN stays: of a pair with NaN the second is taken.
+    let x = _mm512_max_ps(_mm512_set1_ps(EXP2_LEAST), x);
+    let n = _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(x);
+    let r = _mm512_sub_ps(x, n);
     let [first, rest @ ..] = EXP2_SERIES;
     let step = |series, term| _mm512_add_ps(_mm512_mul_ps(series, r), _mm512_set1_ps(term));
     let power = step(rest.into_iter().fold(_mm512_set1_ps(first), step), 1.0);
-    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-    _mm512_mul_ps(power, _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(one))))
+    // Times a power of two, which is exact.
+    _mm512_scalef_ps(power, n)
 }
 
 /// Folds the lanes of up to 16 vectors to one value each, in the order of `portable::fold_lanes`.
