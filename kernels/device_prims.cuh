@@ -1,5 +1,5 @@
-// What kernels need beyond plain CUDA C++: conversions, reductions, and every instruction that is written in
-// PTX, each with a twin for the host's compiler (`LLM8_ON_HOST`, see host/shim.h).
+// What kernels need beyond plain CUDA C++: conversions, reductions, and instructions that are written in PTX, each with a
+// twin for the host's compiler (`LLM8_ON_HOST`, see host/shim.h).
 //
 // Fragment layouts are those of the PTX ISA, section "Matrix multiply-accumulate instructions":
 // lane = 4 * group + member, with group 0..8 and member 0..4.
@@ -108,26 +108,6 @@ __device__ __forceinline__ T block_max(T value) {
     return max;
 }
 
-// What turns a sum into an output.
-
-__device__ __forceinline__ float exp2_approximate(float x);
-
-/// What follows a linear layer; the numbers are those of `Activation` in int8-ops.
-enum : int { NO_ACTIVATION = 0, RELU = 1, GELU = 2, GELU_ERF = 3 };
-
-/// What GELU divides x by: (1 + tanh(u)) / 2 is 1 / (1 + e^-2u).
-__device__ __forceinline__ float gelu_divisor(float x) {
-    return 1.f + exp2_approximate(-2.302208198f * x * (1.f + 0.044715f * x * x));
-}
-
-__device__ __forceinline__ float activated(float x, int activation) {
-    // NaN stays NaN.
-    if (activation == RELU) return x < 0.f ? 0.f : x;
-    if (activation == GELU) return x / gelu_divisor(x);
-    if (activation == GELU_ERF) return 0.5f * x * erfcf(-x * 0.70710678118f);
-    return x;
-}
-
 // Instructions.
 
 /// c (16, 8) += a (16, 32) b (8, 32)^T in int8, exact. `a`: rows group, group + 8, group, group + 8, at columns
@@ -176,9 +156,27 @@ __device__ __forceinline__ float exp2_approximate(float x);
 __device__ __forceinline__ void prefetch(const void* global);
 
 /// Waits until what earlier kernels wrote is there, and lets the next kernel start as soon as there is room for it. Every
-/// kernel calls it before it touches what others write: all are launched so that they may start before earlier ones end
-/// (programmatic dependent launch, from Hopper on).
+/// kernel calls it before it touches what others write, which weights are not: all are launched so that they may start
+/// before earlier ones end (programmatic dependent launch, from Hopper on).
 __device__ __forceinline__ void wait_for_earlier_kernels();
+
+// What turns a sum into an output.
+
+/// What follows a linear layer; the numbers are those of `Activation` in int8-ops.
+enum : int { NO_ACTIVATION = 0, RELU = 1, GELU = 2, GELU_ERF = 3 };
+
+/// What GELU divides x by: (1 + tanh(u)) / 2 is 1 / (1 + e^-2u), and -2 * 0.7978845608 * log2(e) is -2.302208198.
+__device__ __forceinline__ float gelu_divisor(float x) {
+    return 1.f + exp2_approximate(-2.302208198f * x * (1.f + 0.044715f * x * x));
+}
+
+__device__ __forceinline__ float activated(float x, int activation) {
+    // NaN stays NaN.
+    if (activation == RELU) return x < 0.f ? 0.f : x;
+    if (activation == GELU) return x / gelu_divisor(x);
+    if (activation == GELU_ERF) return 0.5f * x * erfcf(-x * 0.70710678118f);
+    return x;
+}
 
 #ifdef LLM8_ON_HOST
 

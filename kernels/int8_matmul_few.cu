@@ -1,4 +1,5 @@
-// Steps 2 to 6 of LLM.int8() for few tokens, as in decode: as fast as the weight comes from memory.
+// Steps 2 to 6 of LLM.int8() for few tokens, as in decode: as fast as the weight comes from memory. One token of most
+// models goes by `int8_matmul_one`.
 //
 // The reckoning, for an H100: 3.35 TB/s times a latency of 0.7 to 1 us are 2.3 to 3.4 MB that must be under way at
 // any time, 18 to 26 KB a multiprocessor. One block of 32 warps a multiprocessor, six loads of 16 bytes a lane, has

@@ -3,7 +3,7 @@
 //
 // How to launch: `int8_matmul_hopper_T` and `int8_matmul_hopper_small_T` take the arguments of `int8_matmul_many_T`, with
 // `cols` a multiple of 16 and codes and weight at multiples of 16 bytes, and give the same bits. For other chips than 9.0
-// they are empty.
+// they stop the program.
 //
 //                tile (tokens, rows)   threads   dynamic shared memory
 //     hopper     128, 256              256       197888 bytes
@@ -203,7 +203,7 @@ __device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
             }
             const int* whole = pass_sums + token * Tile::PITCH + lane % Tile::TOKEN_LANES * 8;
             tile::write_outputs<STEP>(product, epilogue, corner, 16 * warp + token, row, values, [&](int i) {
-                return *reinterpret_cast<const tile::Eight<int>*>(whole + STEP * i * Tile::PITCH);
+                return *reinterpret_cast<const tile::EightOf<int>*>(whole + STEP * i * Tile::PITCH);
             });
         }
     }
@@ -220,7 +220,7 @@ __device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
                                           residual, out, tokens, rows, cols, out_width, tokens_per_sequence,          \
                                           activation});
 #else
-#define INT8_MATMUL_HOPPER_BODY(Tile, T)
+#define INT8_MATMUL_HOPPER_BODY(Tile, T) __trap();
 #endif
 #define INT8_MATMUL_HOPPER(name, Tile, T)                                                                             \
     extern "C" __global__ void __launch_bounds__(hopper::Tile::THREADS, hopper::Tile::BLOCKS)                         \

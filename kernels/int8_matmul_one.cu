@@ -291,6 +291,7 @@ __device__ __forceinline__ void int8_matmul(const Layer<T>& layer, X& x, float t
             if (i < there) loaded[i] = load_streaming(from + i * STEP);
         }
     };
+    // A weight is never written while there are products with it, so it need not be waited for.
     int4 even[STEPS], odd[STEPS];
     load(even, pieces.first);
     load(odd, pieces.first + pieces.at_once);
@@ -311,7 +312,7 @@ __device__ __forceinline__ void int8_matmul(const Layer<T>& layer, X& x, float t
         }
     }
 
-    // Of step i of a stage: the lane's codes of x, and whether a row ends with it.
+    // Of step i of a piece: the lane's codes of x, and whether a row ends with it.
     int4 x_codes[STEPS];
     unsigned row_ends = 0;
     UNROLL for (int i = 0; i < STEPS; ++i) {

@@ -125,7 +125,8 @@ struct Epilogue {
     }
 
     /// Loads what belongs to outlier columns of the tile that begins at `corner`. Zeros stand where a column is not
-    /// an outlier of the token's sequence: they change no sum. Codes are written where they are yet to be multiplied.
+    /// an outlier of the token's sequence: they change no sum. Codes are written where they are yet to be multiplied (WITH_CODES), else the
+    /// float part alone. So many loads of a thread are under way AT_ONCE.
     template <int AT_ONCE, bool WITH_CODES, class T>
     __device__ __forceinline__ void load_outliers(const Product<T>& product, const int* list, int count,
                                                   const Corner& corner) const {
@@ -218,7 +219,7 @@ __device__ __forceinline__ void activate(float (&values)[TOKENS][8], int activat
 
 /// Eight values of 32 bits that follow each other.
 template <class T>
-struct alignas(16) Eight {
+struct alignas(16) EightOf {
     T values[8];
 };
 
@@ -230,7 +231,7 @@ __device__ __forceinline__ void add_outliers(float (&sums)[TOKENS][8], const flo
     for (int index = 0; index < count; ++index) {
         float of_tokens[TOKENS];
         UNROLL for (int i = 0; i < TOKENS; ++i) of_tokens[i] = values[index * Tile::TOKENS + i * STRIDE];
-        const auto of_rows = *reinterpret_cast<const Eight<float>*>(weights + index * Tile::ROWS);
+        const auto of_rows = *reinterpret_cast<const EightOf<float>*>(weights + index * Tile::ROWS);
         UNROLL for (int i = 0; i < 8 * TOKENS; ++i) {
             sums[i / 8][i % 8] = add_product(sums[i / 8][i % 8], of_tokens[i / 8], of_rows.values[i % 8], T{});
         }
@@ -253,17 +254,17 @@ template <int STEP, class Tile, class T, int TOKENS, class Sums>
 __device__ __forceinline__ void write_outputs(const Product<T>& product, const Epilogue<Tile>& epilogue,
                                               const Corner& corner, int token, int row, float (&values)[TOKENS][8],
                                               Sums sums) {
-    const auto scales = *reinterpret_cast<const Eight<float>*>(epilogue.weight_scales + row);
+    const auto scales = *reinterpret_cast<const EightOf<float>*>(epilogue.weight_scales + row);
     UNROLL for (int i = 0; i < TOKENS; ++i) {
         const float scale = epilogue.x_scales[token + STEP * i];
-        const Eight<int> whole = sums(i);
+        const EightOf<int> whole = sums(i);
         UNROLL for (int j = 0; j < 8; ++j) {
             const float scaled = __fadd_rn(__fmul_rn(static_cast<float>(whole.values[j]), scale), values[i][j]);
             values[i][j] = __fmul_rn(scales.values[j], scaled);
         }
     }
     if (product.bias) {
-        const auto biases = *reinterpret_cast<const Eight<float>*>(epilogue.biases + row);
+        const auto biases = *reinterpret_cast<const EightOf<float>*>(epilogue.biases + row);
         UNROLL for (int i = 0; i < 8 * TOKENS; ++i) {
             values[i / 8][i % 8] = __fadd_rn(values[i / 8][i % 8], biases.values[i % 8]);
         }

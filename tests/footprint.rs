@@ -179,13 +179,17 @@ fn pictures_that_cannot_be_written() {
     check_failure(
         &footprint(&model, &["--svg", "no/such/folder/a.svg"]),
         1,
-        &["no/such/folder/a.svg: cannot be written: entity not found\n"],
+        &["no/such/folder/a.svg: cannot be written: there is no folder no/such/folder\n"],
     );
     let folder = scratch("not-a-file");
     let folder = folder.to_str().unwrap();
     check_failure(&footprint(&model, &["--html", folder]), 1, &["cannot be written: it is not a plain file"]);
     let page = format!("{folder}/none/page.html");
-    check_failure(&footprint(&model, &["--html", &page]), 1, &["none/page.html: cannot be written: there is no folder"]);
+    check_failure(
+        &footprint(&model, &["--html", &page]),
+        1,
+        &["none/page.html: cannot be written: there is no folder"],
+    );
     check_failure(&footprint(&model, &["--svg", "/dev/null"]), 1, &["/dev/null: cannot be written"]);
     // What is no picture is not taken for one.
     let weights = Path::new(folder).join("model.safetensors");

@@ -73,7 +73,8 @@ fn products_are_those_of_the_cpu() -> Result<()> {
     for (cols, rows) in shapes {
         check_products(&device, cols, rows, &[(1, 1), (8, 1), (2, 4), (1, 13), (3, 50), (1, 300)])?;
     }
-    // As many outputs as the larger tiles are for.
+    // As many outputs as one token's pieces come round for, and the larger tiles are for.
+    check_products(&device, 4096, 16_384, &[(1, 1)])?;
     check_products(&device, 512, 4096, &[(1, 500)])?;
     check_products(&device, 512, 8192, &[(1, 1100), (3, 400)])?;
     check_products(&device, 333, 8200, &[(1, 1100)])

@@ -4,6 +4,9 @@
 set -uo pipefail
 cd "$(dirname "$0")"
 steps=" ${*:-checks sanitize times} "
+for step in $steps; do
+    case $step in checks | sanitize | times) ;; *) echo "$step: no such step" >&2 && exit 2 ;; esac
+done
 is_asked() { [[ $steps == *" $1 "* ]]; }
 # The libraries that came along; where they were left out, as they are large, those that are here.
 python_folders=$(python3 -c 'import site; print(*[p + "/nvidia/cu13/lib" for p in site.getsitepackages()])' 2>/dev/null)

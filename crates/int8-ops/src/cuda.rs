@@ -2,7 +2,8 @@
 //!
 //! Everything of a device goes through the one stream that Candle has for it, in order: a launch needs no
 //! synchronisation with the copies and launches around it, and memory that is given back is reused only behind
-//! the launches that still use it.
+//! the launches that still use it. From Hopper on a kernel may start before earlier ones end; until it has waited for them
+//! it touches nothing but weights, which nobody writes once there is an `Int8Matrix` of them.
 
 mod attention;
 mod elementwise;

@@ -55,7 +55,13 @@ impl Int8Matrix {
         if codes.dtype() != DType::U8 {
             bail!("int8 matrix: codes must be U8 (the bits of i8), found {:?}", codes.dtype());
         }
-        Self::checked(Codes::Tensor(codes.contiguous()?), scales, cols, rows)
+        let codes = codes.contiguous()?;
+        // A product may ask for codes before earlier work of the device has ended.
+        #[cfg(feature = "cuda")]
+        if codes.device().is_cuda() {
+            codes.device().synchronize()?;
+        }
+        Self::checked(Codes::Tensor(codes), scales, cols, rows)
     }
 
     /// The same for codes on the CPU that something else owns: they are used where they are, and not

@@ -114,12 +114,33 @@ const TILES: [Tile; 3] = [
     Tile::of_many("int8_matmul_many_small", (64, 64), 128, 49_408),
 ];
 
-/// As kernels/int8_matmul_hopper.cu has them: a tile, blocks of it that a multiprocessor works on at a time, and what
-/// these were measured to take on an H200, in nanoseconds and, for each column, in picoseconds.
-const HOPPER_TILES: [(Tile, usize, usize, usize); 2] = [
-    (Tile::of_hopper("int8_matmul_hopper", (128, 256), 256, 197_888), 1, 3300, 7500),
-    (Tile::of_hopper("int8_matmul_hopper_small", (128, 128), 256, 99_584), 2, 2600, 9100),
+/// A tile of kernels/int8_matmul_hopper.cu, and what it was measured to take on an H200.
+struct HopperTile {
+    tile: Tile,
+    /// Blocks that a multiprocessor works on at a time.
+    at_once: usize,
+    /// What these take, however many they are, and for each column.
+    nanoseconds: usize,
+    picoseconds_a_column: usize,
+}
+
+const HOPPER_TILES: [HopperTile; 2] = [
+    HopperTile {
+        tile: Tile::of_hopper("int8_matmul_hopper", (128, 256), 256, 197_888),
+        at_once: 1,
+        nanoseconds: 3300,
+        picoseconds_a_column: 7500,
+    },
+    HopperTile {
+        tile: Tile::of_hopper("int8_matmul_hopper_small", (128, 128), 256, 99_584),
+        at_once: 2,
+        nanoseconds: 2600,
+        picoseconds_a_column: 9100,
+    },
 ];
+
+/// Tokens up to which reading the weight takes longer than the products.
+const READING_TOKENS: usize = 64;
 
 impl Tile {
     const fn of_many(name: &'static str, (tokens, rows): (usize, usize), threads: u32, shared_bytes: usize) -> Self {
@@ -135,17 +156,17 @@ impl Tile {
         let [.., small] = &TILES;
         let is_good =
             |tile: &&Self| tile.shared_bytes <= shared_bytes && 4 * tile.blocks(tokens, rows) >= 3 * multiprocessors;
-        if tokens <= small.tokens { small } else { TILES.iter().find(is_good).unwrap_or(small) }
+        if tokens <= READING_TOKENS { small } else { TILES.iter().find(is_good).unwrap_or(small) }
     }
 
-    /// The one that is done first on a device with Hopper's tensor cores; none for as few tokens that reading the weight
-    /// takes longer.
+    /// The one that is done first on a device with Hopper's tensor cores; none where reading the weight takes longer.
     fn on_hopper(tokens: usize, (rows, cols): (usize, usize), multiprocessors: usize) -> Option<&'static Self> {
-        let [.., small] = &TILES;
-        let picoseconds = |(tile, at_once, nanoseconds, column): &&(Self, usize, usize, usize)| {
-            tile.blocks(tokens, rows).div_ceil(at_once * multiprocessors) * (1000 * nanoseconds + column * cols)
+        let picoseconds = |of: &&HopperTile| {
+            let rounds = of.tile.blocks(tokens, rows).div_ceil(of.at_once * multiprocessors);
+            rounds * (1000 * of.nanoseconds + of.picoseconds_a_column * cols)
         };
-        HOPPER_TILES.iter().min_by_key(picoseconds).filter(|_| tokens > small.tokens).map(|(tile, ..)| tile)
+        let first = HOPPER_TILES.iter().min_by_key(picoseconds);
+        first.filter(|_| tokens > READING_TOKENS).map(|of| &of.tile)
     }
 
     fn blocks(&self, tokens: usize, rows: usize) -> usize {

@@ -346,9 +346,11 @@ fn a_lone_token_is_multiplied_by_every_share_of_rows_and_columns() {
 
 #[test]
 fn one_token_takes_pieces_of_its_rows() {
-    // Several rows in a piece, one, and rows in two and in three parts; more rows than threads; outliers beyond the list.
-    let sizes = [(70, 512, 2), (37, 1024, 3), (9, 1536, 2), (11, 2560, 2), (7, 5120, 3), (5, 8704, 1), (530, 512, 1)];
-    for (rows, cols, blocks) in sizes {
+    // Several rows in a piece, one, and rows in two to eight parts, also of which a warp has several in turn; more rows
+    // than threads.
+    let sizes = [(70, 512, 2), (37, 1024, 3), (9, 1536, 2), (7, 5120, 3), (530, 512, 1)];
+    let of_parts = [(40, 2560, 1), (23, 8704, 1), (5, 16_384, 2)];
+    for (rows, cols, blocks) in sizes.into_iter().chain(of_parts) {
         let case = Case { rows, cols, blocks, bias: Some(0), outliers: 12, ..Case::default() };
         case.check::<f32>(Variant::One).expect("one");
         let case = Case { bias: Some(2), residual: true, activation: 1, others: [1, 2], outliers: 3, ..case };

@@ -98,24 +98,24 @@ pub fn tensor<T: Float>(values: &[T], dims: &[usize]) -> Result<Tensor> {
 }
 
 /// Codes from an aligned address on, as a tensor's are.
-pub(super) struct Aligned {
+pub struct Aligned {
     room: Vec<u128>,
     len: usize,
 }
 
 impl Aligned {
-    pub(super) fn of(codes: &[i8]) -> Self {
+    pub fn of(codes: &[i8]) -> Self {
         let mut aligned = Self { room: vec![0; codes.len().div_ceil(16)], len: codes.len() };
         aligned.slice_mut().copy_from_slice(codes);
         aligned
     }
 
-    pub(super) fn slice(&self) -> &[i8] {
+    pub fn slice(&self) -> &[i8] {
         // SAFETY: the room is as large, and more strictly aligned.
         unsafe { std::slice::from_raw_parts(self.room.as_ptr().cast(), self.len) }
     }
 
-    pub(super) fn slice_mut(&mut self) -> &mut [i8] {
+    pub fn slice_mut(&mut self) -> &mut [i8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.room.as_mut_ptr().cast(), self.len) }
     }
