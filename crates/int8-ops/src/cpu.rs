@@ -228,12 +228,18 @@ pub(crate) fn quantize_row(kernels: &Kernels, values: &[f32], absmax: f32, codes
     absmax / MAX_CODE
 }
 
-/// Values that are worth the share of another thread, which takes them from the caches of one core to those of another
-/// and back.
+/// Values that a thread is given at a time. Fewer are one thread's work: sharing moves them from one core's caches to
+/// another's and back, which takes longer.
 const VALUES_PER_PART: usize = 1 << 14;
 
-/// `len` zeros, written by several threads where they are many: a large output's memory has to be cleared, by
-/// the system if not here, and is best cleared where it is filled.
+/// Rows of `width` values that a thread is given at a time, of so many that there are: as many as the others, so that all
+/// end together.
+fn rows_per_part(rows: usize, width: usize) -> usize {
+    let parts = (rows * width).div_ceil(VALUES_PER_PART).clamp(1, rows.max(1));
+    rows.div_ceil(parts).max(1)
+}
+
+/// `len` zeros, written by several threads where they are many: new memory has to be cleared, by the system if not here.
 pub(crate) fn zeros<T: Pod + Send + Sync>(len: usize) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     let parts = values.spare_capacity_mut()[..len].chunks_mut(ZEROS_PER_PART).collect();
@@ -261,7 +267,7 @@ const ZEROS_PER_PART: usize = 1 << 17;
 /// Calls `work(first, rows)` with runs of rows (.., width) of `values`, `first` the number of the first of
 /// them, from several threads where there are many.
 pub(crate) fn for_each_rows<T: Send>(values: &mut [T], width: usize, work: impl Fn(usize, &mut [T]) + Sync) {
-    let rows = VALUES_PER_PART.div_ceil(width.max(1));
+    let rows = rows_per_part(values.len() / width.max(1), width);
     let parts = values.chunks_mut((rows * width).max(1)).enumerate().collect();
     team::for_each(parts, |(part, values)| work(part * rows, values));
 }

@@ -80,7 +80,7 @@ pub fn add(x: Tensor, other: &Tensor) -> Result<Tensor> {
     Ok(x)
 }
 
-/// Values that a thread is given at a time.
+/// Values of a row of the work; a thread is given several where they are few.
 const VALUES_PER_ROW: usize = 1 << 10;
 
 struct Add;

@@ -56,7 +56,7 @@ impl Int8Matrix {
             bail!("int8 matrix: codes must be U8 (the bits of i8), found {:?}", codes.dtype());
         }
         let codes = codes.contiguous()?;
-        // A product may ask for codes before earlier work of the device has ended.
+        // A product may load weights before earlier work of the device has ended (programmatic dependent launch).
         #[cfg(feature = "cuda")]
         if codes.device().is_cuda() {
             codes.device().synchronize()?;

@@ -63,13 +63,14 @@ fn activations_of_nan_are_nan_and_far_values_stay_finite() {
 
 #[test]
 fn a_layer_norm_is_that_of_the_formula() -> Result<()> {
-    for width in [1, 7, 16, 100, 1024] {
-        let x: Vec<f32> = (0..3 * width).map(|i| ((i * 37 % 101) as f32 - 40.0) / 9.0).collect();
+    // As few rows as one thread has, and many.
+    for (rows, width) in [(3, 1), (3, 7), (3, 16), (3, 100), (3, 1024), (0, 8), (70, 1000)] {
+        let x: Vec<f32> = (0..rows * width).map(|i| ((i * 37 % 101) as f32 - 40.0) / 9.0).collect();
         let weight: Vec<f32> = (0..width).map(|i| 1.0 + i as f32 / width as f32).collect();
         let bias: Vec<f32> = (0..width).map(|i| i as f32 / 100.0).collect();
         let [weights, biases] = [&weight, &bias].map(|values| Tensor::new(values.as_slice(), &Device::Cpu).unwrap());
         let norm = LayerNorm::new(weights, biases, 1e-5)?;
-        let y = norm.forward(&Tensor::from_vec(x.clone(), (3, width), &Device::Cpu)?)?.to_vec2::<f32>()?;
+        let y = norm.forward(&Tensor::from_vec(x.clone(), (rows, width), &Device::Cpu)?)?.to_vec2::<f32>()?;
         for (x, y) in x.chunks(width).zip(&y) {
             let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
             let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;

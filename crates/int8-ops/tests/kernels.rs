@@ -115,7 +115,7 @@ proptest! {
 
     #[test]
     fn sums_of_pairs_are_exact(
-        (rows, depth, vectors) in (1..14usize, 1..70usize, 1..7usize),
+        (rows, depth, vectors) in (1..14usize, 1..70usize, 1..11usize),
         codes in prop::collection::vec(-32_767i16..=32_767, 7919),
         spare in 0..2usize,
         are_apart in prop::bool::ANY,
@@ -180,7 +180,7 @@ proptest! {
         scores in prop::collection::vec(-30_000i32..30_000, 40 * 64),
         scales in prop::collection::vec(1e-6f32..1e-3, 128),
         (slope, scale) in (-1f32..1.0, prop_oneof![Just(1f32), Just(1e-20), Just(1e6), Just(f32::NAN)]),
-        seen in prop::collection::vec(0..=64usize, 40),
+        seen in prop_oneof![prop::collection::vec(0..=64usize, 40), Just(vec![64; 40])],
     ) {
         let sums: Vec<[i32; 64]> = scores[..64 * count].as_chunks().0.to_vec();
         let scales: [[f32; 64]; 2] = [scales[..64].try_into().unwrap(), scales[64..].try_into().unwrap()];

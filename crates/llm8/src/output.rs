@@ -97,7 +97,7 @@ fn temporary_beside(path: &Path) -> Result<NamedTempFile, Failure> {
         return Err(unwritable(path, &"it is there already, and no page or picture"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if !folder.is_dir() {
+    if folder.metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
         return Err(unwritable(path, &format!("there is no folder {}", folder.display())));
     }
     let mut builder = tempfile::Builder::new();

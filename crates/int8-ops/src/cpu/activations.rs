@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
 
-use super::{FloatSlice, Kernels, VALUES_PER_PART, quantize_row, team, zeros};
+use super::{FloatSlice, Kernels, VALUES_PER_PART, quantize_row, rows_per_part, team, zeros};
 
 /// Float activations of a batch: `sequences` of `tokens` rows of `cols` values.
 pub(crate) struct Values<'a> {
@@ -65,23 +65,29 @@ thread_local! {
     static BUFFER: Cell<Vec<i8>> = const { Cell::new(Vec::new()) };
 }
 
+/// The longest buffer that is kept: 2,048 tokens of the widest layer of a model of 7 billion parameters.
+const LONGEST_KEPT: usize = (1 << 25) + Codes::LINE;
+
 impl Codes {
-    /// Whatever was there before.
-    fn any(len: usize) -> Self {
-        const LINE: usize = 64;
+    const LINE: usize = 64;
+
+    /// Room for `len` codes, which hold anything.
+    fn unwritten(len: usize) -> Self {
         let mut buffer = BUFFER.take();
-        if buffer.len() < len + LINE {
+        if buffer.len() < len + Self::LINE {
             drop(buffer);
-            buffer = zeros(len + LINE);
+            buffer = zeros(len + Self::LINE);
         }
-        let start = buffer.as_ptr().align_offset(LINE).min(LINE);
+        let start = buffer.as_ptr().align_offset(Self::LINE).min(Self::LINE);
         Self { buffer, range: start..start + len }
     }
 }
 
 impl Drop for Codes {
     fn drop(&mut self) {
-        BUFFER.set(mem::take(&mut self.buffer));
+        if self.buffer.len() <= LONGEST_KEPT {
+            BUFFER.set(mem::take(&mut self.buffer));
+        }
     }
 }
 
@@ -123,12 +129,12 @@ impl Activations {
     pub(crate) fn quantize(kernels: &Kernels, x: &Values, threshold: Option<f32>) -> Self {
         let (tokens, cols) = (x.tokens, x.cols);
         let rows = x.values.len().checked_div(cols).unwrap_or_default();
-        let mut codes = Codes::any(rows * cols);
+        let mut codes = Codes::unwritten(rows * cols);
         let mut scales = vec![0f32; rows];
         let mut code_sums = vec![0i32; rows];
         let mut magnitudes = vec![0f32; rows];
         let sequences = scan(kernels, x, threshold, &mut magnitudes);
-        let rows_per_part = VALUES_PER_PART.div_ceil(cols.max(1));
+        let rows_per_part = rows_per_part(rows, cols);
         let parts = codes.chunks_mut((rows_per_part * cols).max(1)).zip(scales.chunks_mut(rows_per_part));
         let parts = parts.zip(code_sums.chunks_mut(rows_per_part)).enumerate().collect();
         team::for_each(parts, |(part, ((codes, scales), code_sums))| {
@@ -165,7 +171,7 @@ impl Activations {
 fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut [f32]) -> Vec<Vec<u32>> {
     let (tokens, cols) = (x.tokens.max(1), x.cols.max(1));
     // A part is of one sequence.
-    let rows_per_part = VALUES_PER_PART.div_ceil(cols).min(tokens);
+    let rows_per_part = rows_per_part(tokens, cols);
     let parts_per_sequence = tokens.div_ceil(rows_per_part);
     let mut columns = vec![Vec::new(); x.values.len().div_ceil(tokens * cols) * parts_per_sequence];
     let sequences = x.values.chunks(tokens * cols).zip(magnitudes.chunks_mut(tokens));
@@ -182,7 +188,7 @@ fn scan(kernels: &Kernels, x: &Values, threshold: Option<f32>, magnitudes: &mut 
         }
     };
     let parts = parts.zip(&mut columns);
-    // However many sequences they are of.
+    // Few values are one thread's work, also where each sequence is a part.
     match x.values.len() {
         ..=VALUES_PER_PART => parts.for_each(work),
         _ => team::for_each(parts.collect(), work),
@@ -211,4 +217,54 @@ fn flagged(flags: &[u8]) -> Vec<u32> {
         }
     }
     numbers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_have_room_of_their_own_on_a_line_of_the_cache() {
+        for len in [1, 5000, 64, 9000] {
+            let (mut first, mut second) = (Codes::unwritten(len), Codes::unwritten(2 * len));
+            first.fill(1);
+            second.fill(2);
+            assert!(first.iter().all(|&code| code == 1) && second.iter().all(|&code| code == 2));
+            assert_eq!((first.len(), second.len()), (len, 2 * len));
+            assert_eq!(first.as_ptr().addr() % 64 + second.as_ptr().addr() % 64, 0);
+        }
+        drop(Codes::unwritten(LONGEST_KEPT + 1));
+        assert!(BUFFER.take().len() <= LONGEST_KEPT);
+    }
+
+    #[test]
+    fn outlier_columns_are_those_of_each_sequence_however_it_is_cut_up() -> Result<()> {
+        // Several sequences of several parts, and many short ones.
+        for (sequences, tokens, cols) in [(3, 60, 1024), (40, 2, 1030), (1, 300, 640)] {
+            let mut values = vec![0.5f32; sequences * tokens * cols];
+            let wanted: Vec<Vec<u32>> = (0..sequences)
+                .map(|sequence| {
+                    let mut columns: Vec<u32> =
+                        (0..tokens).step_by(23).map(|token| ((7 * sequence + 31 * token) % cols) as u32).collect();
+                    for (index, &column) in columns.iter().enumerate() {
+                        values[(sequence * tokens + 23 * index) * cols + column as usize] = -9.0;
+                    }
+                    columns.sort_unstable();
+                    columns.dedup();
+                    columns
+                })
+                .collect();
+            let x = Values { values: values.into(), tokens, cols };
+            for kernels in Kernels::available() {
+                let found = Activations::quantize(kernels, &x, Some(6.0));
+                assert_eq!(found.sequences, wanted, "{}", kernels.name);
+                for (row, codes) in found.codes.chunks(cols).enumerate() {
+                    let columns = &wanted[row / tokens];
+                    let is_right = |(col, &code): (usize, &i8)| (code == 0) == columns.contains(&(col as u32));
+                    assert!(codes.iter().enumerate().all(is_right), "{}: row {row}", kernels.name);
+                }
+            }
+        }
+        Ok(())
+    }
 }

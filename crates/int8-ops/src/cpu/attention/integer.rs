@@ -301,12 +301,13 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
         let pair_sums = C::pair_sums(kernels);
         let last = head.position + count - 1;
         let last_block = last / KEYS_PER_BLOCK;
-        // The block before comes next, and after the first one, where there is one token, the last of the next head.
+        // Of a record and its block: the block before comes next, and after the first one, where there is one token, the
+        // last of the next head.
         let following = |(index, block): (usize, usize)| match block {
             0 => (index + self.blocks + last_block, last_block),
             _ => (index - 1, block - 1),
         };
-        let codes_of = |(index, block): (usize, usize)| {
+        let pieces_of = |(index, block): (usize, usize)| {
             let count = if block == last_block { last % KEYS_PER_BLOCK + 1 } else { KEYS_PER_BLOCK };
             self.codes_of(index, count, head.head_dim)
         };
@@ -332,11 +333,11 @@ impl<C: CacheCode> Cache for IntegerCache<'_, C> {
             let scores = &mut sums[..queries.len() * KEYS_PER_BLOCK];
             // What one token reads next: pieces may be shorter than it asks ahead.
             let (here, then) = ((index, block), following((index, block)));
-            let ([_, here_values], [then_keys, then_values]) = (codes_of(here), codes_of(then));
+            let ([_, here_values], [then_keys, then_values]) = (pieces_of(here), pieces_of(then));
             prefetch_scales(then_keys.start);
             prefetch_scales(then_values.start);
-            let [last_keys, _] = codes_of(following(then));
-            let next = [here_values, then_keys, then_values, last_keys];
+            let [keys_after, _] = pieces_of(following(then));
+            let next = [here_values, then_keys, then_values, keys_after];
             let (lanes, pairs) = (most_seen.next_multiple_of(LANES), most_seen.div_ceil(2));
             let (value_scales, values) = parts::<C>(&self.values[index * value_record..][..value_record]);
             let (keys, values) = (&keys[..lanes * depth], &values[..pairs * width]);

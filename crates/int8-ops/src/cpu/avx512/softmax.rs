@@ -59,7 +59,7 @@ fn of_keys<const MOST: usize>(
     seen: impl Fn(&Query, usize) -> __mmask16,
 ) {
     let mut lanes = [_mm512_set1_ps(f32::NEG_INFINITY); MOST];
-    // Long before they are read as a vector, which waits until they are in the cache.
+    // Written here, long before it is read as a vector: such a load waits for the single stores.
     let mut largest = [f32::NEG_INFINITY; MOST];
     largest.iter_mut().zip(&*queries).for_each(|(largest, query)| *largest = query.max);
     for (lanes, ((sums, query), weights)) in lanes.iter_mut().zip(sums.iter().zip(&*queries).zip(&mut *weights)) {
@@ -156,7 +156,7 @@ fn exp2(x: __m512) -> __m512 {
     let [first, rest @ ..] = EXP2_SERIES;
     let step = |series, term| _mm512_add_ps(_mm512_mul_ps(series, r), _mm512_set1_ps(term));
     let power = step(rest.into_iter().fold(_mm512_set1_ps(first), step), 1.0);
-    // Times a power of two, which is exact.
+    // Times a power of two, which is exact: the result is no subnormal.
     _mm512_scalef_ps(power, n)
 }
 
