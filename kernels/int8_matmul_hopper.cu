@@ -189,18 +189,8 @@ __device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
             // Of the warp's: the first of two tokens of which the lane writes 8 rows.
             const int token = first_token + lane / Tile::TOKEN_LANES;
             float values[2][8] = {};
-#pragma unroll 1
-            for (int first = 0; first < outliers; first += OUTLIERS) {
-                const int count = min(outliers - first, OUTLIERS);
-                // Else they are there.
-                if (outliers > OUTLIERS) {
-                    __syncthreads();
-                    tile::collect_outliers<Tile>(list, bits, first);
-                    epilogue.template load_outliers<1, false>(product, list, count, corner);
-                }
-                const float* of_tokens = epilogue.values + 16 * warp + token;
-                tile::add_outliers<STEP, Tile, T>(values, of_tokens, epilogue.weights + row, count);
-            }
+            tile::add_all_outliers<STEP>(values, product, epilogue, corner, bits, list, outliers,
+                                         epilogue.values + 16 * warp + token, epilogue.weights + row);
             const int* whole = pass_sums + token * Tile::PITCH + lane % Tile::TOKEN_LANES * 8;
             tile::write_outputs<STEP>(product, epilogue, corner, 16 * warp + token, row, values, [&](int i) {
                 return *reinterpret_cast<const tile::EightOf<int>*>(whole + STEP * i * Tile::PITCH);

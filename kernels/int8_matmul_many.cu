@@ -288,17 +288,8 @@ __device__ __forceinline__ void int8_matmul(const tile::Product<T>& product) {
         const int token = warp_token + 32 * token_part + group_of_lane;
         const int row = warp_row + slice % Tile::ROW_SLICES * 32 + 8 * member;
         float values[4][8] = {};
-#pragma unroll 1
-        for (int first = 0; first < outliers; first += OUTLIERS) {
-            const int count = min(outliers - first, OUTLIERS);
-            // Else they are there.
-            if (outliers > OUTLIERS) {
-                __syncthreads();
-                tile::collect_outliers<Tile>(list, bits, first);
-                epilogue.template load_outliers<1, false>(product, list, count, corner);
-            }
-            tile::add_outliers<1, Tile, T>(values, epilogue.values + Tile::value(token), epilogue.weights + row, count);
-        }
+        tile::add_all_outliers<1>(values, product, epilogue, corner, bits, list, outliers,
+                                  epilogue.values + Tile::value(token), epilogue.weights + row);
         tile::write_outputs<8>(product, epilogue, corner, token, row, values, [&](int i) {
             tile::EightOf<int> whole;
             UNROLL for (int j = 0; j < 8; ++j) whole.values[j] = sums[0][i / 2][j / 2][i % 2 * 2 + j % 2];

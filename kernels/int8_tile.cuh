@@ -59,7 +59,7 @@ struct OutlierBits {
     __device__ __forceinline__ static OutlierBits of(const Product<T>& product, int first_token) {
         const int words = (product.cols + 31) / 32, first = first_token / product.tokens_per_sequence;
         const int end_token = min(first_token + Tile::TOKENS, product.tokens);
-        return {product.outlier_bits + static_cast<size_t>(first) * words,
+        return {product.outlier_bits ? product.outlier_bits + static_cast<size_t>(first) * words : nullptr,
                 (end_token - 1) / product.tokens_per_sequence - first + 1, words};
     }
 };
@@ -235,6 +235,25 @@ __device__ __forceinline__ void add_outliers(float (&sums)[TOKENS][8], const flo
         UNROLL for (int i = 0; i < 8 * TOKENS; ++i) {
             sums[i / 8][i % 8] = add_product(sums[i / 8][i % 8], of_tokens[i / 8], of_rows.values[i % 8], T{});
         }
+    }
+}
+
+/// The same for all `outliers` columns of a tile. Where the list has room for them they are in shared memory; else they are
+/// loaded again, which all threads of the block do together.
+template <int STRIDE, class Tile, class T, int TOKENS>
+__device__ __forceinline__ void add_all_outliers(float (&sums)[TOKENS][8], const Product<T>& product,
+                                                 const Epilogue<Tile>& epilogue, const Corner& corner,
+                                                 const OutlierBits& bits, int* list, int outliers,
+                                                 const float* values, const float* weights) {
+#pragma unroll 1
+    for (int first = 0; first < outliers; first += OUTLIERS) {
+        const int count = min(outliers - first, OUTLIERS);
+        if (outliers > OUTLIERS) {
+            __syncthreads();
+            collect_outliers<Tile>(list, bits, first);
+            epilogue.template load_outliers<1, false>(product, list, count, corner);
+        }
+        add_outliers<STRIDE, Tile, T>(sums, values, weights, count);
     }
 }
 
