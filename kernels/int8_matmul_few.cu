@@ -12,14 +12,10 @@
 // Launch: grid (min(rows, multiprocessors)), any other is right too: a block has the rows from rows * block / grid
 // on. Where a block has fewer rows than warps, several warps share the columns of a row.
 
-#include "device_prims.cuh"
+#include "int8_few.cuh"
 
 namespace few {
 
-/// Columns of a row that a warp reads at once: 16 a lane.
-constexpr int STEP = 512;
-/// Outlier columns that are kept in a list; the product finds further ones by their bits.
-constexpr int LISTED = 32;
 /// Threads of a block: any power of two from 256 to these.
 constexpr unsigned FUSED_THREADS = 1024;
 constexpr unsigned CODES_THREADS = 512;
@@ -56,22 +52,13 @@ struct Kept {
     unsigned maxima[WARP];
 };
 
-/// Four values of a row (cols) from `col` on, zeros beyond the row's end.
-struct Quad {
-    float values[4];
-};
-
-template <class T>
-struct alignas(4 * sizeof(T)) FourOf {
-    T values[4];
-};
-
 /// Whether rows (.., cols) can be read four values at a time.
 template <class T>
 __device__ __forceinline__ bool is_aligned(const T* rows, int cols) {
     return cols % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(FourOf<T>) == 0;
 }
 
+/// Four values of a row (cols) from `col` on, zeros beyond the row's end.
 template <class T>
 __device__ __forceinline__ Quad load_quad(const T* row, int col, int cols, bool aligned) {
     Quad quad = {};
@@ -198,10 +185,6 @@ struct Normed {
         }
     }
 
-    static __device__ __forceinline__ float normed(float x, float mean, float inverse, float weight, float bias) {
-        return to_float(from_float<T>(__fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(x, -mean), inverse), weight), bias)));
-    }
-
     __device__ __forceinline__ Quad quad(int token, int col) const {
         const int cols = plain.cols;
         const Quad x = plain.quad(token, col), weights = load_vector_quad(weight, weight_dtype, col, cols);
@@ -210,14 +193,14 @@ struct Normed {
         Quad quad;
         UNROLL for (int i = 0; i < 4; ++i) {
             quad.values[i] =
-                col + i < cols ? normed(x.values[i], mean, inverse, weights.values[i], biases.values[i]) : 0.f;
+                col + i < cols ? normed<T>(x.values[i], mean, inverse, weights.values[i], biases.values[i]) : 0.f;
         }
         return quad;
     }
 
     template <class K>
     __device__ __forceinline__ float value(const K& kept, int token, int col) const {
-        return normed(plain.value(kept, token, col), kept.means[token], kept.inverses[token],
+        return normed<T>(plain.value(kept, token, col), kept.means[token], kept.inverses[token],
                       vector_value(weight, weight_dtype, col), bias ? vector_value(bias, bias_dtype, col) : 0.f);
     }
 };
@@ -307,20 +290,12 @@ struct Quantized {
             for (int other = 0; other < parts; ++other) {
                 absmax_bits = max(absmax_bits, kept.maxima[token * parts + other]);
             }
-            const float absmax = __uint_as_float(absmax_bits);
-            // Below about 4e-37 the reciprocal overflows. A power of two moves the row up exactly.
-            const float lift = absmax < 1e-36f ? 9223372036854775808.f : 1.f;
-            const float inverse = absmax > 0.f ? __fdiv_rn(MAX_CODE, __fmul_rn(absmax, lift)) : 0.f;
-            if (part == 0 && lane == 0) kept.x_scales[token] = __fdiv_rn(absmax, MAX_CODE);
+            const Coder coder(absmax_bits);
+            if (part == 0 && lane == 0) kept.x_scales[token] = coder.scale();
             _Pragma("unroll 1") for (int quad = 32 * part + lane; 4 * quad < cols; quad += 32 * parts) {
                 const Quad at = x.quad(token, 4 * quad);
                 const unsigned outliers = own_bits[quad / 8] >> quad % 8 * 4;
-                unsigned four = 0;
-                UNROLL for (int i = 0; i < 4; ++i) {
-                    // 1.5 * 2^23: what is added to it is rounded to a whole number, half to even, in the lowest bits.
-                    const float whole = __fadd_rn(__fmul_rn(__fmul_rn(at.values[i], lift), inverse), 12582912.f);
-                    four |= outliers >> i & 1 ? 0u : (__float_as_uint(whole) & 0xffu) << 8 * i;
-                }
+                const unsigned four = coder.codes(at, outliers);
                 const int step = 4 * quad / STEP;
                 *reinterpret_cast<unsigned*>(codes + (step * places + token) * STEP + 4 * quad % STEP) = four;
             }
@@ -551,18 +526,13 @@ __device__ __forceinline__ void multiply(const Layer<T>& layer, const X& x, int 
             }
             if (!is_output(done, i)) continue;
             if (x.kept.listed > LISTED) {
-                const int words = (cols + 31) / 32, last = x.kept.columns[LISTED - 1];
+                const int words = (cols + 31) / 32;
                 const unsigned* bits = x.bits + token / layer.tokens_per_sequence * words;
-                for (int word = last / 32; word < words; ++word) {
-                    unsigned mask = bits[word];
-                    if (word == last / 32) mask &= ~((2u << last % 32) - 1u);
-                    for (; mask; mask &= mask - 1) {
-                        const int col = 32 * word + __ffs(static_cast<int>(mask)) - 1;
-                        const int code = layer.weight[static_cast<size_t>(row) * cols + col];
-                        value = __fadd_rn(value, __fmul_rn(x.value(token, col), static_cast<float>(code)));
-                        if (X::NEEDS_CORRECTION) own_sums[i] -= x.code(layer, token, col) * code;
-                    }
-                }
+                each_unlisted(bits, words, x.kept.columns[LISTED - 1], [&](int col) {
+                    const int code = layer.weight[static_cast<size_t>(row) * cols + col];
+                    value = __fadd_rn(value, __fmul_rn(x.value(token, col), static_cast<float>(code)));
+                    if (X::NEEDS_CORRECTION) own_sums[i] -= x.code(layer, token, col) * code;
+                });
             }
             value = __fadd_rn(__fmul_rn(static_cast<float>(own_sums[i]), x.kept.x_scales[token]), value);
             value = __fmul_rn(ahead.scales[i], value);

@@ -11,21 +11,19 @@
 // Block: 512 threads. `cols` is a multiple of 512 up to 16384; x, the weight and the norm's vectors begin at multiples
 // of 16 bytes. Dynamic shared memory: cols + cols / 8 bytes.
 
-#include "device_prims.cuh"
+#include "int8_few.cuh"
 
 namespace one {
 
+using few::Coder, few::FourOf, few::LISTED, few::Quad, few::STEP;
+
 constexpr int THREADS = 512, WARPS = THREADS / WARP;
 constexpr int MOST_ROWS = 2048, MOST_COLS = 16384;
-/// Columns that a warp multiplies at once, 16 a lane.
-constexpr int STEP = 512;
 /// The most steps of a piece.
 constexpr int STEPS = 4;
 /// Four values each that a thread holds of x.
 constexpr int QUADS = MOST_COLS / (4 * THREADS);
-/// Outlier columns that are kept in a list, one a lane; further ones are found by their bits.
-constexpr int LISTED = 32;
-/// Of these a thread asks for the codes of its first row before the sums are there.
+/// Of the listed outlier columns a thread asks for the codes of its first row before the sums are there.
 constexpr int ASKED = 2;
 
 /// What all kernels take, for out (rows).
@@ -56,15 +54,6 @@ struct Kept {
     /// Of 128 columns each.
     float partial[2][MOST_COLS / 128];
     unsigned maxima[WARPS];
-};
-
-template <class T>
-struct alignas(4 * sizeof(T)) FourOf {
-    T values[4];
-};
-
-struct Quad {
-    float values[4];
 };
 
 template <class T>
@@ -142,10 +131,6 @@ struct Normed {
         return warp_sum(sum);
     }
 
-    __device__ __forceinline__ float normed(float x, float weight, float bias) const {
-        return to_float(from_float<T>(__fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(x, -mean), inverse), weight), bias)));
-    }
-
     __device__ __forceinline__ void load(Held<T>& held, Kept& kept, int cols) {
         Plain<T>{x}.load(held, kept, cols);
         const float count = static_cast<float>(cols);
@@ -158,13 +143,13 @@ struct Normed {
             Quad biases = {};
             if (bias) biases = load_vector_quad(bias, bias_dtype, col);
             UNROLL for (int i = 0; i < 4; ++i) {
-                quad.values[i] = normed(quad.values[i], weights.values[i], biases.values[i]);
+                quad.values[i] = few::normed<T>(quad.values[i], mean, inverse, weights.values[i], biases.values[i]);
             }
         });
     }
     __device__ __forceinline__ float value(int col) const {
-        return normed(to_float(x[col]), vector_value(weight, weight_dtype, col),
-                      bias ? vector_value(bias, bias_dtype, col) : 0.f);
+        return few::normed<T>(to_float(x[col]), mean, inverse, vector_value(weight, weight_dtype, col),
+                              bias ? vector_value(bias, bias_dtype, col) : 0.f);
     }
 };
 
@@ -215,23 +200,13 @@ __device__ __forceinline__ float quantize(X& x, Kept& kept, unsigned char* codes
     __syncthreads();
 
     absmax_bits = warp_max(kept.maxima[lane % WARPS]);
-    const float absmax = __uint_as_float(absmax_bits);
-    // Below about 4e-37 the reciprocal overflows. A power of two moves the row up exactly.
-    const float lift = absmax < 1e-36f ? 9223372036854775808.f : 1.f;
-    const float inverse = absmax > 0.f ? __fdiv_rn(MAX_CODE, __fmul_rn(absmax, lift)) : 0.f;
+    const Coder coder(absmax_bits);
     held.each(cols, [&](Quad& quad, int col) {
-        const unsigned outliers = bits[col / 32] >> col % 32;
-        unsigned four = 0;
-        UNROLL for (int i = 0; i < 4; ++i) {
-            // 1.5 * 2^23: what is added to it is rounded to a whole number, half to even, in the lowest bits.
-            const float whole = __fadd_rn(__fmul_rn(__fmul_rn(quad.values[i], lift), inverse), 12582912.f);
-            four |= outliers >> i & 1 ? 0u : (__float_as_uint(whole) & 0xffu) << 8 * i;
-        }
-        *reinterpret_cast<unsigned*>(codes + col) = four;
+        *reinterpret_cast<unsigned*>(codes + col) = coder.codes(quad, bits[col / 32] >> col % 32);
     });
     if (warp == WARPS - 1) list_outliers(x, kept, bits, cols / 32);
     __syncthreads();
-    return __fdiv_rn(absmax, MAX_CODE);
+    return coder.scale();
 }
 
 /// What a warp reads and multiplies: pieces of the block's rows, each a whole number of rows or a part of one.
@@ -367,15 +342,9 @@ __device__ __forceinline__ void int8_matmul(const Layer<T>& layer, X& x, float t
             value = __fadd_rn(value, __fmul_rn(kept.values[k], static_cast<float>(code)));
         }
         if (kept.count > LISTED) {
-            const int last = kept.columns[LISTED - 1];
-            _Pragma("unroll 1") for (int word = last / 32; word < cols / 32; ++word) {
-                unsigned mask = bits[word];
-                if (word == last / 32) mask &= ~((2u << last % 32) - 1u);
-                _Pragma("unroll 1") for (; mask; mask &= mask - 1) {
-                    const int col = 32 * word + __ffs(static_cast<int>(mask)) - 1, code = own_weight[col];
-                    value = __fadd_rn(value, __fmul_rn(x.value(col), static_cast<float>(code)));
-                }
-            }
+            few::each_unlisted(bits, cols / 32, kept.columns[LISTED - 1], [&](int col) {
+                value = __fadd_rn(value, __fmul_rn(x.value(col), static_cast<float>(own_weight[col])));
+            });
         }
         value = __fadd_rn(__fmul_rn(static_cast<float>(kept.sums[own]), x_scale), value);
         value = __fmul_rn(is_first ? ahead.scale : layer.scales[row], value);
